@@ -1,0 +1,1 @@
+"""Ray processes: rollout, reward and learner actors, weight publishing, deadlines."""

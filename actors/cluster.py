@@ -1,0 +1,137 @@
+"""Connecting to Ray, and whether the cluster can hold the configured actors."""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+from pydantic import Field
+
+from common.config import StrictConfig
+from common.errors import ClusterError, PlacementError
+
+
+class RoleConfig(StrictConfig):
+    """Actors of one role."""
+
+    actors: int = Field(1, ge=1)
+    """Number of processes."""
+    cpus: float = Field(1.0, gt=0)
+    """Ray CPUs reserved by each. Roles that never work at the same time may share a core by fractions."""
+    gpus: float = Field(0.0, ge=0)
+    """Ray GPUs reserved by each."""
+    threads: int = Field(1, ge=1)
+    """Torch threads of each."""
+
+
+class ClusterConfig(StrictConfig):
+    """Where the run's actors live."""
+
+    address: str | None = None
+    """Ray address; None uses RAY_ADDRESS where it is set (inside a Ray job), else starts Ray on this machine."""
+    cpus: int | None = Field(None, ge=1)
+    """CPUs that a locally started Ray offers; None offers all of the machine's."""
+    object_store_mib: int = Field(1024, ge=80)
+    """Object store of a locally started Ray."""
+    learner: RoleConfig = RoleConfig()
+    """Learner ranks."""
+    rollout: RoleConfig = RoleConfig()
+    """Rollout actors."""
+    reward: RoleConfig = RoleConfig()
+    """Reward actors."""
+    deadline_s: float = Field(900.0, gt=0)
+    """Longest wait for any one piece of work."""
+
+
+@dataclass(frozen=True)
+class PlacementRow:
+    """What one role asks for."""
+
+    role: str
+    actors: int
+    cpus: float
+    gpus: float
+
+
+def placement(config: ClusterConfig) -> list[PlacementRow]:
+    """What the configured roles reserve, role by role."""
+    roles = {"learner": config.learner, "rollout": config.rollout, "reward": config.reward}
+    return [
+        PlacementRow(name, role.actors, role.actors * role.cpus, role.actors * role.gpus)
+        for name, role in roles.items()
+    ]
+
+
+def check_placement(config: ClusterConfig, cpus: float, gpus: float) -> None:
+    """Compares the configured actors with what a cluster offers, before anything loads.
+
+    Raises:
+        PlacementError: what is asked for, role by role, and what there is.
+    """
+    rows = placement(config)
+    need_cpus, need_gpus = sum(row.cpus for row in rows), sum(row.gpus for row in rows)
+    if need_cpus > cpus + 1e-9 or need_gpus > gpus + 1e-9:
+        asked = ", ".join(f"{row.role} {row.actors} × {row.cpus / row.actors:g} CPU" for row in rows)
+        raise PlacementError(
+            f"the configured actors need {need_cpus:g} CPUs and {need_gpus:g} GPUs ({asked}) but the cluster offers "
+            f"{cpus:g} and {gpus:g}; lower cluster.*.actors or cluster.*.cpus, or add machines"
+        )
+
+
+@contextlib.contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Ray for the length of a run: an existing cluster, or one of this run's own.
+
+    Raises:
+        ClusterError: no cluster answers at the address.
+        PlacementError: the cluster is too small for the configured actors.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        check_placement(config, config.cpus or os.cpu_count() or 1, _local_gpus())
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict = {}
+    if address == "local":
+        options = {
+            "num_cpus": config.cpus or os.cpu_count(),
+            "object_store_memory": config.object_store_mib * 2**20,
+            "include_dashboard": False,
+        }
+    with _neutral_directory():
+        try:
+            ray.init(
+                address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="omnialpha", **options
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise ClusterError(
+                f"cannot reach Ray at {address!r}: {str(error).strip().splitlines()[0]}; "
+                "start a cluster there (`ray start --head`), or unset cluster.address and RAY_ADDRESS to run locally"
+            ) from None
+        try:
+            resources = ray.cluster_resources()
+            check_placement(config, resources.get("CPU", 0), resources.get("GPU", 0))
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _neutral_directory() -> Iterator[None]:
+    """Ray puts the driver's working directory on every worker's import path, where a user's own ``data/`` folder
+    would shadow ours: connect from an empty folder instead."""
+    with tempfile.TemporaryDirectory(prefix="omnialpha-") as empty:
+        before = os.getcwd()
+        os.chdir(empty)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

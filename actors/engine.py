@@ -1,0 +1,198 @@
+"""DeepSpeed under one roof: exact gradient accumulation, global loss normalisation, EMA, state on disk.
+
+DeepSpeed averages gradients over ranks, so a loss that is to be divided by a *global* count is multiplied by the
+world size. Accumulation boundaries are set explicitly and losses are never scaled by accumulation steps: the number
+of micro-batches may differ from step to step, and DeepSpeed has dropped all but the last one before.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from common.config import StrictConfig
+from common.errors import CheckpointError, NumericsError
+from policy.programs import MicroLoss
+
+ENGINE_TAG = "engine"
+
+
+class OptimiserConfig(StrictConfig):
+    """AdamW with warm-up and optional cosine decay."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Moments' decay."""
+    eps: float = Field(1e-8, gt=0)
+    """Denominator offset."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Gradient norm limit; 0 switches clipping off."""
+    warmup: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up; ``cosine`` falls to a tenth at the last step."""
+
+
+class EngineConfig(StrictConfig):
+    """How ranks share the work."""
+
+    zero_stage: int = Field(1, ge=0, le=3)
+    """DeepSpeed ZeRO stage."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of the averaged weights that a stage hands on; 0 switches averaging off."""
+
+
+def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
+    """Learning rate of optimiser step ``step`` (from 0) of ``steps``."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.decay == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(steps - config.warmup, 1)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+class Engine:
+    """A DeepSpeed engine round one module. ``torch.distributed`` must be initialised."""
+
+    def __init__(self, module: torch.nn.Module, optimiser: OptimiserConfig, config: EngineConfig) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+        import deepspeed
+
+        self.config, self.optimiser = config, optimiser
+        self.world = torch.distributed.get_world_size()
+        self.module = module
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=parameters,  # type: ignore[arg-type]
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": optimiser.clip_norm,
+                "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+                "zero_allow_untested_optimizer": True,
+                "optimizer": {
+                    "type": "AdamW",
+                    "params": {
+                        "lr": optimiser.lr,
+                        "betas": list(optimiser.betas),
+                        "eps": optimiser.eps,
+                        "weight_decay": optimiser.weight_decay,
+                        "torch_adam": True,
+                    },
+                },
+                "steps_per_print": 10**9,
+            },
+        )
+        self.ema: dict[str, torch.Tensor] = {}
+        if config.ema:
+            self.ema = {name: value.detach().clone() for name, value in self.weights().items()}
+
+    def accumulate(self, loss: MicroLoss, global_count: int, *, last: bool, weight: float = 1.0) -> None:
+        """Backward of one micro-batch.
+
+        Args:
+            global_count: terms of this optimiser step over all ranks.
+            last: whether this is the rank's last micro-batch of the step.
+            weight: 0 for a micro-batch that only keeps the ranks' backward calls equal in number.
+
+        Raises:
+            NumericsError: the loss is not finite; nothing was stepped.
+        """
+        if not torch.isfinite(loss.total):
+            raise NumericsError(f"loss is {float(loss.total)} before the optimiser step; nothing was trained on it")
+        self.engine.set_gradient_accumulation_boundary(last)
+        scaled = loss.total * (weight * self.world / global_count)
+        self.engine.backward(scaled, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # counts the micro-batch; no update before the boundary
+
+    def step(self, lr: float) -> float:
+        """Updates the weights and returns the gradient norm before clipping.
+
+        Raises:
+            NumericsError: the gradient norm is not finite; the weights are as before.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        # Without ZeRO the reduced gradients are the module's own and DeepSpeed reports no norm.
+        plain = [p.grad for p in self.module.parameters() if p.grad is not None] if not self.config.zero_stage else []
+        norm = float(torch.nn.utils.get_total_norm(plain)) if plain else None
+        if norm is None or math.isfinite(norm):
+            self.engine.step()
+            norm = float(self.engine.get_global_grad_norm()) if norm is None else norm
+        # ZeRO has skipped the step by itself when it reports an infinite norm (or -1).
+        if not math.isfinite(norm) or norm < 0:
+            raise NumericsError(f"gradient norm is {norm} before the optimiser step; the weights are unchanged")
+        if self.ema:
+            # Early steps average over less: min(decay, (1 + n) / (10 + n)), as in TensorFlow's moving averages.
+            n = self.engine.global_steps
+            decay = min(self.config.ema, (1 + n) / (10 + n))
+            for name, value in self.weights().items():
+                self.ema[name].lerp_(value.detach(), 1 - decay)
+        return norm
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Full weights by name; under ZeRO 3 all ranks must call it together."""
+        if self.config.zero_stage < 3:
+            return dict(self.module.state_dict())
+        import deepspeed
+
+        parameters = dict(self.module.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            gathered = {name: value.detach().clone() for name, value in parameters.items()}
+        return gathered | dict(self.module.named_buffers())
+
+    def published(self) -> dict[str, torch.Tensor]:
+        """What the stage hands on: averaged weights where averaging is on, else the weights."""
+        return self.ema or self.weights()
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Writes this rank's share of the training state into a temporary commit folder."""
+        # save_latest=False: DeepSpeed would move its own marker before all ranks have written.
+        self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
+        if self.ema and rank == 0:
+            torch.save(self.ema, folder / "ema.pt")
+
+    def load(self, folder: Path) -> None:
+        """Restores what :meth:`save` wrote, from a folder that the manifest has vouched for.
+
+        Raises:
+            CheckpointError: the state is not there, or was written by another number of ranks.
+        """
+        try:
+            path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        except Exception as error:  # DeepSpeed raises bare assertions and runtime errors here
+            raise CheckpointError(
+                f"{folder}: the training state cannot be loaded ({str(error)[:200] or error!r});"
+                " resume with the number of learner ranks and the ZeRO stage that wrote it"
+            ) from error
+        if path is None:  # DeepSpeed's way of saying "nothing there"
+            raise CheckpointError(f"{folder}: no training state in this commit")
+        if self.config.ema:
+            self.ema = torch.load(folder / "ema.pt", weights_only=True)
+
+
+def sum_stats(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Adds logged sums; keys that begin with ``max_`` keep the largest."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for key, value in part.items():
+            if key.startswith("max_"):
+                total[key] = max(total.get(key, value), value)
+            else:
+                total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def describe(config: EngineConfig) -> dict[str, Any]:
+    """The engine's facts for a commit's manifest."""
+    return {"zero_stage": config.zero_stage, "ema": config.ema}

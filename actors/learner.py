@@ -1,0 +1,217 @@
+"""Learner ranks: Ray actors that train one program together through DeepSpeed.
+
+The ranks are one failure domain. The same ranks serve every stage: :meth:`LearnerGroup.setup` swaps the program.
+
+    driver ──train(plan, payload refs)──▶ ranks ──▶ micro-batches ──▶ engine ──▶ step record
+           ◀─publish()── rank 0: (version's digest, index), weights buffer
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from actors.balance import balance
+from actors.cluster import ClusterConfig
+from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, sum_stats
+from actors.waiting import wait_all
+from common.errors import NumericsError
+from policy.programs import Program
+from policy.weights import digest, pack
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One rank's share of an optimiser step."""
+
+    lr: float
+    calls: int
+    """Backward calls that every rank makes."""
+    global_count: int
+    """Terms of the loss over all ranks."""
+    extras: tuple[Any, ...]
+    """Small companions of the payloads (advantages)."""
+    weights: tuple[float, ...]
+    """1 for real items, 0 for those that only keep the calls equal."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One work item as the driver sees it."""
+
+    payload: Any
+    """A value, or a reference that only ranks resolve."""
+    count: int
+    """Terms it adds to the loss."""
+    cost: float
+    """Relative cost, for balancing."""
+    calls: int = 1
+    """Its micro-batches."""
+    extra: Any = None
+
+
+class LearnerRank:
+    """One DeepSpeed rank; made into a Ray actor by :class:`LearnerGroup`."""
+
+    def __init__(self, rank: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._rank = rank
+        self._program: Program | None = None
+        self._engine: Engine | None = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's IP and a port that is free there now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def connect(self, address: str, port: int, world: int) -> None:
+        """Joins the process group."""
+        os.environ.update(
+            MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self._rank), WORLD_SIZE=str(world), LOCAL_RANK="0"
+        )
+        cuda = torch.cuda.is_available()
+        os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
+        import deepspeed
+
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+
+    def setup(self, build: Callable[[], Program], optimiser: OptimiserConfig, config: EngineConfig) -> int:
+        """Builds the program and its engine; returns the number of trained parameters."""
+        if self._engine is not None:
+            self._engine.engine.destroy()
+        self._program = build()
+        count = sum(p.numel() for p in self._program.module.parameters() if p.requires_grad)
+        self._engine = Engine(self._program.module, optimiser, config)
+        return count
+
+    def restore(self, folder: Path) -> None:
+        """Loads training state from a verified commit."""
+        self._ready().load(folder)
+
+    def train(self, plan: StepPlan, *payloads: Any) -> dict[str, float]:
+        """One optimiser step on this rank's items; returns sums of logged quantities, norm and seconds."""
+        engine, program, start = self._ready(), self._program, time.perf_counter()
+        assert program is not None
+        micros = [
+            (micro, weight)
+            for payload, extra, weight in zip(payloads, plan.extras, plan.weights, strict=True)
+            for micro in program.micro_batches(payload, extra)
+        ]
+        micros += [(micros[-1][0], 0.0)] * (plan.calls - len(micros))
+        stats = []
+        for k, (micro, weight) in enumerate(micros):
+            loss = program.loss(engine.engine, micro)
+            engine.accumulate(loss, plan.global_count, last=k == len(micros) - 1, weight=weight)
+            if weight:
+                stats.append(loss.stats | {"loss": float(loss.total.detach())})
+        norm = engine.step(plan.lr)
+        return sum_stats(stats) | {"max_grad_norm": norm, "max_seconds": time.perf_counter() - start}
+
+    def publish(self) -> tuple[Any, Any]:
+        """((digest, index), buffer) of the weights; (None, None) except on rank 0."""
+        weights = self._ready().weights()
+        if self._rank:
+            return None, None
+        index, buffer = pack(weights)
+        return (digest(weights), index), buffer
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's training state."""
+        self._ready().save(folder, self._rank)
+
+    def export(self, folder: Path) -> None:
+        """Rank 0 writes the weights that the stage hands on; the others take part in gathering them."""
+        weights = self._ready().published()
+        if self._rank == 0:
+            assert self._program is not None
+            self._program.export(folder, weights)
+
+    def _ready(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("setup() comes first")
+        return self._engine
+
+
+class LearnerGroup:
+    """All ranks, driven as one."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._deadline, self.world = config.deadline_s, config.learner.actors
+        role = config.learner
+        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(LearnerRank)
+        self._ranks = [actor.remote(rank, role.threads) for rank in range(self.world)]
+        (address, port), *_ = self._all([self._ranks[0].address.remote()], "rank 0 to start")
+        self._all([r.connect.remote(address, port, self.world) for r in self._ranks], "ranks to connect")
+        self._optimiser: OptimiserConfig | None = None
+        self._steps = 0
+
+    def setup(self, build: Callable[[], Program], optimiser: OptimiserConfig, engine: EngineConfig, steps: int) -> int:
+        """Gives every rank a program; returns its number of trained parameters."""
+        self._optimiser, self._steps = optimiser, steps
+        ref = ray.put(build)
+        return self._each("setup", lambda r, _: r.setup.remote(ref, optimiser, engine))[0]
+
+    def restore(self, folder: Path) -> None:
+        """Loads a verified commit on all ranks."""
+        self._each("restore", lambda r, _: r.restore.remote(folder))
+
+    def train(self, step: int, items: Sequence[Item]) -> dict[str, float]:
+        """One optimiser step over all ranks.
+
+        Returns:
+            Means over the loss's terms; ``max_*`` are maxima.
+
+        Raises:
+            NumericsError: a loss or gradient was not finite; names the step. No rank has stepped.
+        """
+        assert self._optimiser is not None
+        lr = learning_rate(self._optimiser, step, self._steps)
+        shares = balance([item.cost for item in items], self.world)
+        calls = max(sum(items[i].calls for i in share) for share in shares)
+        count = sum(item.count for item in items)
+
+        def submit(rank: Any, number: int) -> Any:
+            # A rank without work repeats the first item with weight 0, so that all ranks meet in every collective.
+            mine, weight = ([items[i] for i in shares[number]], 1.0) if shares[number] else ([items[0]], 0.0)
+            extras, weights = tuple(item.extra for item in mine), (weight,) * len(mine)
+            plan = StepPlan(lr, calls, count, extras, weights)
+            return rank.train.remote(plan, *(item.payload for item in mine))
+
+        try:
+            total = sum_stats(self._each(f"step {step}", submit))
+        except NumericsError as error:
+            raise NumericsError(f"step {step}: {error}") from None
+        return {"lr": lr} | {k: v if k.startswith("max_") else v / count for k, v in total.items()}
+
+    def publish(self) -> tuple[str, Any, Any]:
+        """(digest, index, buffer reference) of the current weights. The buffer stays in the object store."""
+        pairs = [r.publish.options(num_returns=2).remote() for r in self._ranks]
+        heads = self._all([head for head, _ in pairs], "weights to be published")
+        name, index = heads[0]
+        return name, index, pairs[0][1]
+
+    def save(self, folder: Path) -> None:
+        """All ranks write their state into one folder."""
+        self._each("save", lambda r, _: r.save.remote(folder))
+
+    def export(self, folder: Path) -> None:
+        """Writes the policy folder that the stage hands on."""
+        self._each("export", lambda r, _: r.export.remote(folder))
+
+    def close(self) -> None:
+        """Ends the ranks."""
+        for rank in self._ranks:
+            ray.kill(rank)
+
+    def _each(self, what: str, submit: Callable[[Any, int], Any]) -> list[Any]:
+        return self._all([submit(rank, number) for number, rank in enumerate(self._ranks)], f"learner ranks: {what}")
+
+    def _all(self, refs: Sequence[Any], what: str) -> list[Any]:
+        return wait_all(refs, what, self._deadline)

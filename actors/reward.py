@@ -1,0 +1,153 @@
+"""Reward actors: they pull decoded groups as soon as they exist and return small arrays. They also draw pictures,
+so that pixels never pass through the driver."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.cluster import ClusterConfig
+from actors.waiting import wait_all
+from common.errors import ConfigError
+from data.rgba import draw_grid
+from data.tasks import TASKS, get_task
+from policy.group import GroupPixels
+from rewards.base import RewardBatch, build, run_scorer
+from rewards.combine import RewardConfig, stack_scores
+from rewards.metrics import sample_metrics
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of one group."""
+
+    terms: tuple[str, ...]
+    """Active terms of the group's task."""
+    scores_TG: np.ndarray
+    """NaN where a score is missing."""
+    reasons: tuple[str, ...]
+    """Why scores are missing, one entry per missing score."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluated record: raw reward terms and quality metrics."""
+
+    terms: dict[str, float]
+    metrics: dict[str, float]
+
+
+def active_terms(config: RewardConfig, task: str) -> tuple[int, ...]:
+    """Positions in ``config.terms`` that judge ``task``: those its entry in the task table names, and custom ones."""
+    shipped = {name for entry in TASKS.values() for name in entry.rewards}
+    wanted = get_task(task).rewards
+    return tuple(k for k, t in enumerate(config.terms) if t.name in wanted or (wanted and t.name not in shipped))
+
+
+class RewardActor:
+    """Scores groups; made into a Ray actor by :class:`RewardPool`."""
+
+    def __init__(self, config: RewardConfig, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._config = config
+        self._scorers = {term.name: build(term.source, term.params) for term in config.terms}
+
+    def score(self, pixels: GroupPixels) -> GroupScores:
+        """Scores every member of a group by the terms active for its task."""
+        names = [self._config.terms[k].name for k in active_terms(self._config, pixels.task)]
+        if not names:
+            raise ConfigError(f"task {pixels.task!r} has no active reward term; give it weight 0 in grpo.tasks")
+        task = get_task(pixels.task)
+        batch = RewardBatch(
+            task=pixels.task,
+            prompt=pixels.prompt,
+            roles=task.targets,
+            layers_GLCHW=torch.tensor(pixels.layers_GLCHW),
+            targets_LCHW=torch.tensor(pixels.targets_LCHW),
+            inputs=tuple(torch.tensor(image) for image in pixels.inputs),
+            input_roles=task.inputs,
+            group=pixels.name,
+        )
+        scores = [run_scorer(name, self._scorers[name], batch) for name in names]
+        stacked = stack_scores(scores, self._config.missing, f"group {pixels.name}")
+        reasons = tuple(f"{s.name}: {reason}" for s in scores for reason in s.reasons if reason is not None)
+        return GroupScores(tuple(names), stacked, reasons)
+
+    def measure(self, groups: Sequence[GroupPixels]) -> list[Measured]:
+        """Scores and measures groups of one (evaluation)."""
+        measured = []
+        for pixels in groups:
+            terms: dict[str, float] = {}
+            if active_terms(self._config, pixels.task):
+                result = self.score(pixels)
+                terms = {name: float(value) for name, value in zip(result.terms, result.scores_TG[:, 0], strict=True)}
+            roles = get_task(pixels.task).targets
+            layers, targets = torch.tensor(pixels.layers_GLCHW[0]), torch.tensor(pixels.targets_LCHW)
+            measured.append(Measured(terms, sample_metrics(roles, layers, targets)))
+        return measured
+
+    def draw_group(self, path: Path, pixels: GroupPixels, members: int = 6) -> None:
+        """PNG: inputs, the first members and the truth; one row per layer."""
+        rows = []
+        for layer, truth in enumerate(pixels.targets_LCHW):
+            image = torch.tensor(pixels.inputs[min(layer, len(pixels.inputs) - 1)]) if pixels.inputs else None
+            drawn = [torch.tensor(member[layer]) for member in pixels.layers_GLCHW[:members]]
+            rows.append([image, *drawn, torch.tensor(truth)])
+        count = len(rows[0]) - 2
+        titles = ["input", *(f"sample {k}" for k in range(count)), "truth"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(rows, titles, [pixels.prompt, *([""] * (len(rows) - 1))]).save(path)
+
+    def draw_comparison(self, path: Path, titles: Sequence[str], rows: int, *runs: list[GroupPixels]) -> None:
+        """PNG: input | one column per run | truth, for the first records; one row per layer."""
+        grid, prompts = [], []
+        for groups in list(zip(*runs, strict=True))[:rows]:
+            first = groups[0]
+            for layer, truth in enumerate(first.targets_LCHW):
+                image = torch.tensor(first.inputs[min(layer, len(first.inputs) - 1)]) if first.inputs else None
+                outputs = [torch.tensor(group.layers_GLCHW[0][layer]) for group in groups]
+                grid.append([image, *outputs, torch.tensor(truth)])
+                prompts.append(first.prompt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(grid, ["input", *titles, "truth"], prompts).save(path)
+
+
+class RewardPool:
+    """All reward actors."""
+
+    def __init__(self, config: ClusterConfig, rewards: RewardConfig) -> None:
+        role = config.reward
+        self._deadline = config.deadline_s
+        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RewardActor)
+        self.actors = [actor.remote(rewards, role.threads) for _ in range(role.actors)]
+        wait_all([a.__ray_ready__.remote() for a in self.actors], "reward actors to start", self._deadline)
+        self._next = 0
+
+    def score(self, pixels: Any) -> Any:
+        """Submits a group by reference; it is scored as soon as it exists."""
+        return self._pick().score.remote(pixels)
+
+    def measure(self, pixels: Any) -> Any:
+        """Submits evaluation groups by reference."""
+        return self._pick().measure.remote(pixels)
+
+    def draw_group(self, path: Path, pixels: Any) -> Any:
+        """Draws a group into a PNG."""
+        return self._pick().draw_group.remote(path, pixels)
+
+    def draw_comparison(self, path: Path, titles: Sequence[str], rows: int, *runs: Any) -> Any:
+        """Draws evaluation groups of several runs side by side into a PNG."""
+        return self._pick().draw_comparison.remote(path, titles, rows, *runs)
+
+    def close(self) -> None:
+        """Ends the actors."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def _pick(self) -> Any:
+        self._next += 1
+        return self.actors[self._next % len(self.actors)]

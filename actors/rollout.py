@@ -1,0 +1,215 @@
+"""Rollout actors: they encode conditions, sample from the current policy and decode RGBA layers.
+
+A group leaves as three returns: small metadata for the driver, the trajectory for learner ranks, the pixels for
+scorers. They are returned, not put: a value that an actor put would die with the actor.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.cluster import ClusterConfig
+from actors.waiting import wait_all
+from common.errors import ActorError
+from data.records import RecordDataset
+from data.tasks import get_task
+from policy.dit import PATCH
+from policy.folder import load_transformer, load_vae
+from policy.group import GroupMeta, GroupPixels, GroupRequest, GroupTrajectory
+from policy.kernels import KernelConfig
+from policy.sampling import Condition, denoise, member_noise
+from policy.schedule import SamplingConfig, ScheduleConfig
+from policy.text import TextEncoder
+from policy.vae import LatentCodec
+from policy.weights import digest, load_packed
+
+
+@dataclass(frozen=True)
+class RolloutSetup:
+    """What a rollout actor is made from."""
+
+    model: Path
+    """Policy folder with the VAE and the starting transformer."""
+    dataset: Path
+    """Dataset folder."""
+    seed: int
+    sampling: SamplingConfig
+    kernel: KernelConfig
+    share_noise: bool = False
+    """Whether the members of a group start from the same noise."""
+
+
+class RolloutActor:
+    """Samples groups; made into a Ray actor by :class:`RolloutPool`."""
+
+    def __init__(self, setup: RolloutSetup, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._setup = setup
+        self._codec = LatentCodec(load_vae(setup.model))
+        self._model = load_transformer(setup.model).eval().requires_grad_(False)
+        self._text = TextEncoder()
+        self._splits: dict[str, RecordDataset] = {}
+        self._version = -1
+
+    def load(self, version: int, index: Any, buffer: np.ndarray) -> str:
+        """Takes published weights and answers with the digest of what the model now holds."""
+        name = load_packed(self._model, index, buffer)
+        self._version = version
+        return name
+
+    def load_folder(self, model: Path) -> str:
+        """Takes the transformer of a policy folder (evaluation)."""
+        self._model = load_transformer(model).eval().requires_grad_(False)
+        self._version = -1
+        return digest(self._model.state_dict())
+
+    def sample(self, request: GroupRequest) -> tuple[GroupMeta, GroupTrajectory, GroupPixels]:
+        """Rolls out one group with the current policy."""
+        start, setup = time.perf_counter(), self._setup
+        if self._version < 0:
+            raise ActorError("a rollout actor was asked for a group before it had received weights")
+        data = self._split("train")
+        record = data.record(request.index)
+        sample = record.decode()
+        task = get_task(record.task)
+        inputs_NCHW = self._encode(sample.inputs, sample.targets_LCHW)
+        text_TD = self._text.encode(record.prompt)
+        shape = (len(task.targets), *inputs_NCHW.shape[1:])
+        seeds = (setup.seed, request.step, request.group)
+
+        def noise(name: str, shared: bool = False) -> torch.Tensor:
+            members = range(request.members)
+            return torch.stack([member_noise(shape, *seeds, 0 if shared else g, name) for g in members])
+
+        window = setup.sampling.window_steps(*seeds)
+        result = denoise(
+            self._model,
+            Condition(inputs_NCHW[None], text_TD[None]).expand(request.members),
+            noise("initial", setup.share_noise),
+            setup.sampling.schedule.sigmas(),
+            window,
+            setup.kernel,
+            lambda step: noise(f"step {step}"),
+        )
+        layers = self._codec.decode(result.latents_BMCHW.flatten(0, 1)).unflatten(0, result.latents_BMCHW.shape[:2])
+        sequence = task.images * (shape[-2] // PATCH) * (shape[-1] // PATCH) + len(text_TD)
+        meta = GroupMeta(
+            name=request.name,
+            task=record.task,
+            record=record.id,
+            version=self._version,
+            steps=len(window),
+            tokens=sequence * request.members * len(window),
+            seconds=time.perf_counter() - start,
+        )
+        trajectory = GroupTrajectory(
+            steps=tuple(window),
+            inputs_NCHW=inputs_NCHW.numpy(),
+            text_TD=text_TD.numpy(),
+            window_GWMCHW=result.window_BWMCHW.numpy(),
+            log_probs_GW=result.log_probs_BW.numpy(),
+        )
+        return meta, trajectory, self._pixels(record, layers, sample)
+
+    def generate(self, split: str, indices: Sequence[int], schedule: ScheduleConfig) -> tuple[int, list[GroupPixels]]:
+        """One deterministic ODE sample per record (all of one task): (their number, groups of one).
+
+        The noise of a record follows from its id, so two policies start from the same noise.
+        """
+        data = self._split(split)
+        records = [data.record(int(index)) for index in indices]
+        samples = [record.decode() for record in records]
+        inputs = torch.stack([self._encode(s.inputs, s.targets_LCHW) for s in samples])
+        text, mask = self._text.encode_batch([record.prompt for record in records])
+        shape = (len(get_task(records[0].task).targets), *inputs.shape[2:])
+        seed = self._setup.seed
+        initial = torch.stack([member_noise(shape, seed, 0, 0, 0, f"evaluate {record.id}") for record in records])
+        result = denoise(self._model, Condition(inputs, text, mask), initial, schedule.sigmas())
+        layers = self._codec.decode(result.latents_BMCHW.flatten(0, 1)).unflatten(0, result.latents_BMCHW.shape[:2])
+        groups = [self._pixels(r, layer[None], s) for r, layer, s in zip(records, layers, samples, strict=True)]
+        return len(groups), groups
+
+    def _pixels(self, record: Any, layers_GLCHW: torch.Tensor, sample: Any) -> GroupPixels:
+        return GroupPixels(
+            name=record.id,
+            task=record.task,
+            prompt=record.prompt,
+            layers_GLCHW=layers_GLCHW.contiguous().numpy(),
+            targets_LCHW=sample.targets_LCHW.numpy(),
+            inputs=tuple(image.numpy() for image in sample.inputs),
+        )
+
+    def _encode(self, inputs: Sequence[torch.Tensor], targets_LCHW: torch.Tensor) -> torch.Tensor:
+        if not inputs:
+            h, w = (side // self._codec.factor for side in targets_LCHW.shape[-2:])
+            return torch.zeros(0, self._codec.channels, h, w)
+        return self._codec.encode(torch.stack(list(inputs)))
+
+    def _split(self, name: str) -> RecordDataset:
+        if name not in self._splits:
+            self._splits[name] = RecordDataset(self._setup.dataset, name)
+        return self._splits[name]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group on its way: metadata here, the rest by reference."""
+
+    request: GroupRequest
+    meta: Any
+    trajectory: Any
+    pixels: Any
+
+
+class RolloutPool:
+    """All rollout actors."""
+
+    def __init__(self, config: ClusterConfig, setup: RolloutSetup) -> None:
+        role = config.rollout
+        self._deadline = config.deadline_s
+        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RolloutActor)
+        self.actors = [actor.remote(setup, role.threads) for _ in range(role.actors)]
+        wait_all([a.__ray_ready__.remote() for a in self.actors], "rollout actors to start", self._deadline)
+
+    def publish(self, version: int, name: str, index: Any, buffer: Any) -> None:
+        """Delivers weights and checks that every actor now holds them.
+
+        Raises:
+            ActorError: an actor's digest differs from the learner's.
+        """
+        refs = [actor.load.remote(version, index, buffer) for actor in self.actors]
+        held = wait_all(refs, f"weights of version {version} to arrive", self._deadline)
+        if wrong := [number for number, got in enumerate(held) if got != name]:
+            raise ActorError(f"rollout actors {wrong} hold other weights than version {version} ({name}) after loading")
+
+    def sample(self, requests: Sequence[GroupRequest]) -> list[Group]:
+        """Submits groups round robin and returns at once."""
+        groups = []
+        for number, request in enumerate(requests):
+            actor = self.actors[number % len(self.actors)]
+            meta, trajectory, pixels = actor.sample.options(num_returns=3).remote(request)
+            groups.append(Group(request, meta, trajectory, pixels))
+        return groups
+
+    def load_folder(self, model: Path) -> str:
+        """All actors take a policy folder's transformer; returns its digest."""
+        refs = [actor.load_folder.remote(model) for actor in self.actors]
+        return wait_all(refs, f"weights of {model} to load", self._deadline)[0]
+
+    def generate(self, split: str, chunks: Sequence[Sequence[int]], schedule: ScheduleConfig) -> list[tuple[Any, Any]]:
+        """Submits evaluation chunks round robin: (count, pixels) references."""
+        return [
+            self.actors[number % len(self.actors)].generate.options(num_returns=2).remote(split, chunk, schedule)
+            for number, chunk in enumerate(chunks)
+        ]
+
+    def close(self) -> None:
+        """Ends the actors."""
+        for actor in self.actors:
+            ray.kill(actor)

@@ -1,0 +1,175 @@
+"""Atomic commits on a file system: a folder is either complete and verifiable, or it is not there.
+
+Writers fill a temporary folder; :func:`commit` adds ``manifest.json`` (size and checksum of every file, caller's
+facts), makes all of it durable and renames the folder into place. Readers believe only folders whose manifest
+verifies, so a crash at any moment leaves the last complete commit as the truth.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import CheckpointError, StorageError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A folder whose manifest verified."""
+
+    path: Path
+    facts: dict[str, Any]
+    """What the writer recorded: step, policy version, sampler position, config hash."""
+
+    @property
+    def step(self) -> int:
+        return int(self.facts["step"])
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the commit of ``step`` lies under ``root``."""
+    return root / f"step-{step:08d}"
+
+
+@contextmanager
+def storage_errors(where: Path) -> Iterator[None]:
+    """Turns a refusal of the file system into one message that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError) or error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EACCES,
+        ):
+            raise
+        raise StorageError(
+            f"{where}: cannot write ({error.strerror}, {free_mib(where)} MiB free); "
+            "free space or choose another run_dir, then run the same command again: the last commit is intact"
+        ) from error
+
+
+def free_mib(path: Path) -> int:
+    """Free space in MiB on the file system that holds ``path`` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free // 2**20
+
+
+def begin(final: Path) -> Path:
+    """An empty temporary folder beside ``final``; what an interrupted writer left there is removed."""
+    temporary = final.with_name(f".tmp-{final.name}")
+    with storage_errors(final):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit(temporary: Path, final: Path, facts: dict[str, Any]) -> Commit:
+    """Makes ``temporary`` durable under the name ``final``.
+
+    An older folder of that name is replaced; it stays until the new one is complete.
+
+    Raises:
+        StorageError: the file system refused; the older commit is untouched.
+    """
+    with storage_errors(final):
+        files = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "blake2b": file_checksum(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {"format": FORMAT, "facts": facts, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        for path in temporary.rglob("*"):
+            _fsync(path)
+        _fsync(temporary)
+        if final.exists():
+            # A folder cannot be renamed over a non-empty one: the old one steps aside first.
+            aside = final.with_name(f".old-{final.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
+            temporary.rename(final)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            temporary.rename(final)
+        _fsync(final.parent)
+    return Commit(final, facts)
+
+
+def verify(path: Path) -> Commit:
+    """Reads a commit and checks every file against the manifest.
+
+    Raises:
+        CheckpointError: there is no commit, or a file is missing, truncated or altered; names the file.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files, facts = manifest["files"], manifest["facts"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no complete commit here (no {MANIFEST})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged ({error})") from None
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: written in format {manifest['format']}, this version reads {FORMAT}")
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path}: {name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes, not {expected['bytes']}")
+        if file_checksum(file) != expected["blake2b"]:
+            raise CheckpointError(f"{path}: {name} does not match its checksum")
+    return Commit(path, facts)
+
+
+def latest(root: Path, skipped: Callable[[str], None]) -> Commit | None:
+    """The newest commit under ``root`` that verifies; ``skipped`` hears why newer ones were passed over."""
+    for path in sorted(root.glob("step-*"), reverse=True):
+        try:
+            return verify(path)
+        except CheckpointError as error:
+            skipped(str(error))
+    return None
+
+
+def retain(root: Path, keep: int) -> None:
+    """Removes all but the newest ``keep`` commits and every abandoned temporary folder."""
+    for path in sorted(root.glob("step-*"))[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in [*root.glob(".tmp-*"), *root.glob(".old-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replaces one small file so that readers see the old text or the new one."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text(text)
+        _fsync(temporary)
+        temporary.replace(path)
+
+
+def file_checksum(path: Path) -> str:
+    """Hex blake2b-128 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

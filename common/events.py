@@ -1,0 +1,74 @@
+"""The run's event log: one JSON object a line, appended, flushed, never rewritten.
+
+Group accounting can be checked from it alone (:func:`group_balance`): every launched group is trained in the
+committed lineage, dropped for a stated reason, rolled back, or still in flight.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.commit import storage_errors
+
+
+class EventLog:
+    """Appends events; ``attempt`` counts the driver's starts on this run folder."""
+
+    def __init__(self, path: Path, attempt: int = 0) -> None:
+        self.path = path
+        self.attempt = attempt
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        if torn:  # the last writer was killed inside a line
+            self._file.write("\n")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Adds one event with its wall-clock time in seconds."""
+        line = {"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **fields}
+        with storage_errors(self.path):
+            self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=True) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All complete events; a line torn by a crash is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def group_balance(events: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Counts groups: ``launched``, ``trained``, ``dropped:<reason>`` and ``in_flight``.
+
+    A rollback (``event="rollback"``, ``to_step``) turns groups launched for later steps into
+    ``dropped:rolled back``, whatever had become of them.
+    """
+    state: dict[str, tuple[int, str]] = {}
+    counts: Counter[str] = Counter()
+    for event in events:
+        match event["event"]:
+            case "group_launched":
+                counts["launched"] += 1
+                state[event["group"]] = (event["step"], "in_flight")
+            case "group_trained":
+                state[event["group"]] = (event["step"], "trained")
+            case "group_dropped":
+                state[event["group"]] = (event["step"], f"dropped:{event['reason']}")
+            case "rollback" if event.get("stage", "grpo") == "grpo":
+                for group, (step, _) in list(state.items()):
+                    if step > event["to_step"]:
+                        counts["dropped:rolled back"] += 1
+                        del state[group]
+    counts.update(outcome for _, outcome in state.values())
+    return dict(counts)

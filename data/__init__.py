@@ -1,0 +1,1 @@
+"""Tasks, RGBA operations, parquet records, deterministic sampling and the dataset builder."""

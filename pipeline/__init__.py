@@ -1,0 +1,1 @@
+"""What runs, in which order: command line, config tree, stages, run folder."""

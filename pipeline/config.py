@@ -1,0 +1,219 @@
+"""The configuration of a run: composes the components' own config classes and adds each stage's length.
+
+``load_config("demo", ["grpo.steps=20"])`` reads a shipped or own YAML file; everything that is not said there has the
+default written beside its field.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+import configs
+from actors.cluster import ClusterConfig
+from actors.engine import OptimiserConfig
+from common.config import StrictConfig, load_yaml, validate
+from common.errors import ConfigError
+from data.config import DataConfig
+from data.tasks import get_task
+from policy.dit import DitConfig
+from policy.kernels import KernelConfig
+from policy.programs import GrpoConfig, SftConfig, VaeLossConfig
+from policy.schedule import SamplingConfig, ScheduleConfig
+from policy.vae import VaeConfig
+from rewards.combine import RewardConfig
+
+
+class TrainingConfig(StrictConfig):
+    """What every training stage has."""
+
+    optimiser: OptimiserConfig
+    """Optimiser and learning rate."""
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    commit_every: int = Field(100, ge=1)
+    """Steps between commits; a killed run loses at most this many."""
+    zero_stage: int = Field(1, ge=0, le=3)
+    """DeepSpeed ZeRO stage."""
+    tasks: dict[str, float]
+    """Relative weight of each task in the mix."""
+
+    @model_validator(mode="after")
+    def _tasks_exist(self) -> "TrainingConfig":
+        for name, weight in self.tasks.items():
+            try:
+                get_task(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+            if weight < 0:
+                raise ValueError(f"task {name} has weight {weight}; weights are 0 or more")
+        if not any(self.tasks.values()):
+            raise ValueError("no task has a positive weight")
+        return self
+
+
+class BatchedConfig(TrainingConfig):
+    """A stage that trains on stored records."""
+
+    micro_batch: int = Field(8, ge=1)
+    """Records per backward call, all of one task."""
+    micro_batches: int = Field(4, ge=1)
+    """Backward calls per optimiser step over all ranks; the same whatever their number."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of the averaged weights that the stage hands on; 0 switches averaging off."""
+
+
+class VaeStageConfig(BatchedConfig):
+    """Stage 1: the alpha-aware VAE."""
+
+    network: VaeConfig = VaeConfig()
+    """Size of the network."""
+    loss: VaeLossConfig = VaeLossConfig()
+    """Loss weights."""
+
+
+class SftStageConfig(BatchedConfig):
+    """Stage 2: the multi-task cold start."""
+
+    network: DitConfig = DitConfig()
+    """Size of the transformer."""
+    objective: SftConfig = SftConfig()
+    """Loss."""
+
+
+class GrpoStageConfig(TrainingConfig):
+    """Stage 3: GRPO on rewards of the decoded layers."""
+
+    objective: GrpoConfig = GrpoConfig()
+    """Loss."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Schedule and window of rollouts."""
+    kernel: KernelConfig = KernelConfig()
+    """Stochastic steps."""
+    prompts: int = Field(8, ge=1)
+    """Groups per step."""
+    group: int = Field(8, ge=2)
+    """Members per group (G)."""
+    share_noise: bool = False
+    """Whether the members of a group start from the same noise."""
+    first_ratio_bound: float = Field(1e-6, ge=0)
+    """Largest |ratio − 1| allowed while the learner still holds the weights that sampled the group."""
+    pictures_every: int = Field(10, ge=1)
+    """Steps between pictures of a group."""
+    max_empty_steps: int = Field(5, ge=1)
+    """Consecutive steps without any trainable group after which the run stops."""
+
+
+class EvaluateConfig(StrictConfig):
+    """Stage 4: comparison of SFT and GRPO on held-out records."""
+
+    split: Literal["val", "test"] = "test"
+    """Which split."""
+    records: int = Field(60, ge=2)
+    """Records per task, at most."""
+    batch: int = Field(10, ge=1)
+    """Records sampled together."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Noise levels of the deterministic sampler."""
+    draws: int = Field(2000, ge=100)
+    """Bootstrap draws of an interval."""
+    rows: int = Field(4, ge=1)
+    """Records per task in the pictures."""
+
+
+class TrackingConfig(StrictConfig):
+    """Where metrics go besides the event log."""
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """wandb mode; ``online`` takes its key from the environment."""
+    project: str = "omnialpha"
+    """wandb project."""
+
+
+class RunConfig(StrictConfig):
+    """One run: data, four stages, cluster."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name of the run and of its folder."""
+    seed: int = Field(0, ge=0)
+    """All randomness follows from it."""
+    run_dir: Path | None = None
+    """Folder of the run; None is ``runs/<name>`` under the working directory."""
+    dataset: Path | None = None
+    """A dataset built earlier; None builds one from ``data`` inside the run folder."""
+    data: DataConfig = DataConfig()
+    """The dataset to build."""
+    vae: VaeStageConfig
+    """Stage 1."""
+    sft: SftStageConfig
+    """Stage 2."""
+    grpo: GrpoStageConfig
+    """Stage 3."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Stage 4."""
+    rewards: RewardConfig
+    """Reward terms and how they become advantages."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Placement."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Metrics."""
+    keep_commits: int = Field(2, ge=1)
+    """Commits kept per stage."""
+    stop_grace_s: float = Field(3.0, gt=0)
+    """Time between SIGTERM and SIGKILL where the run lives; a final commit is made only if it fits."""
+
+    @model_validator(mode="after")
+    def _rewards_cover_tasks(self) -> "RunConfig":
+        named = {term.name for term in self.rewards.terms}
+        for task, weight in self.grpo.tasks.items():
+            if weight and not named & set(get_task(task).rewards):
+                raise ValueError(f"grpo.tasks.{task}: none of the configured rewards ({', '.join(named)}) judges it")
+        side = 2 ** (len(self.vae.network.channels) - 1) * 2
+        if self.data.size % side:
+            raise ValueError(f"data.size {self.data.size} must be a multiple of {side} (VAE factor times patch size)")
+        if any(channel % self.vae.network.norm_groups for channel in self.vae.network.channels):
+            raise ValueError("vae.network.norm_groups must divide every entry of vae.network.channels")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Absolute run folder."""
+        return (self.run_dir or Path("runs") / self.name).resolve()
+
+    @property
+    def dataset_folder(self) -> Path:
+        """Absolute dataset folder."""
+        return self.dataset.resolve() if self.dataset else self.folder / "dataset"
+
+    def identity(self) -> dict[str, Any]:
+        """What a run folder belongs to: all that changes its results, so not placement, tracking and paths."""
+        outside = ("run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
+        return self.model_dump(mode="json", exclude=dict.fromkeys(outside, True) | {"data": {"workers"}})
+
+    def identity_hash(self) -> str:
+        """Short hash of :meth:`identity`, recorded in every commit."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Configs that come with the package, by name."""
+    return {path.stem: path for folder in configs.__path__ for path in sorted(Path(folder).glob("*.yaml"))}
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Loads a shipped config by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: no such config, or anything in it that does not fit.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        shipped = shipped_configs()
+        if name not in shipped:
+            raise ConfigError(f"no config {name!r}; shipped ones: {', '.join(shipped)}; or give a path to a .yaml file")
+        path = shipped[name]
+    return validate(RunConfig, load_yaml(path, overrides), str(path))

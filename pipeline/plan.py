@@ -1,0 +1,49 @@
+"""What a run will need, before anything loads."""
+
+import os
+
+import yaml
+
+from actors.cluster import check_placement, placement
+from pipeline.config import RunConfig
+
+
+def render_plan(config: RunConfig) -> str:
+    """Resolved configuration, actors and cores, as text."""
+    rows = placement(config.cluster)
+    lines = [yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(), "", "actors:"]
+    lines += [f"  {row.role:8s} {row.actors} processes, {row.cpus:g} CPUs, {row.gpus:g} GPUs" for row in rows]
+    lines.append(f"  total    {sum(row.cpus for row in rows):g} CPUs, {sum(row.gpus for row in rows):g} GPUs")
+    images = config.grpo.prompts * config.grpo.group
+    lines += [
+        "",
+        "work:",
+        f"  vae   {config.vae.steps} steps of {config.vae.micro_batch * config.vae.micro_batches} images",
+        f"  sft   {config.sft.steps} steps of {config.sft.micro_batch * config.sft.micro_batches} records",
+        f"  grpo  {config.grpo.steps} steps of {config.grpo.prompts} groups × {config.grpo.group} = {images} samples, "
+        f"{config.grpo.sampling.schedule.steps} sampling steps, {config.grpo.sampling.window.size} trained",
+        f"  eval  at most {config.evaluate.records} records per task, twice",
+        "",
+        f"run folder: {config.folder}",
+        f"dataset:    {config.dataset_folder}",
+        f"identity:   {config.identity_hash()}",
+    ]
+    return "\n".join(lines)
+
+
+def check_plan(config: RunConfig) -> None:
+    """Compares the placement with the cluster that the run would use.
+
+    Raises:
+        PlacementError: too few cores or GPUs.
+        ClusterError: no cluster answers at the configured address.
+    """
+    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        from actors.cluster import connected
+
+        with connected(config.cluster):
+            pass
+    else:
+        import torch
+
+        check_placement(config.cluster, config.cluster.cpus or os.cpu_count() or 1, torch.cuda.device_count())

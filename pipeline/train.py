@@ -1,0 +1,90 @@
+"""The two supervised stages, VAE and SFT: the same loop over stored records with another program."""
+
+import functools
+import logging
+import time
+from pathlib import Path
+
+from actors.encode import encode_split
+from actors.engine import EngineConfig
+from actors.learner import Item, LearnerGroup
+from data.records import RecordDataset
+from data.sampler import TaskSampler
+from data.seeding import seed_for
+from data.tasks import get_task
+from pipeline.config import BatchedConfig
+from pipeline.run import Progress, Run
+from policy.folder import load_vae, save_vae
+from policy.programs import Batch, make_sft_program, make_vae_program
+from policy.vae import set_latent_statistics
+
+log = logging.getLogger("omnialpha")
+
+
+def run_vae(run: Run, learner: LearnerGroup) -> None:
+    """Trains the VAE, measures its latents and encodes the training split."""
+    config, dataset = run.config, run.config.dataset_folder
+    make = functools.partial(make_vae_program, config.vae.network, config.vae.loss, dataset, config.seed)
+    progress = _train(run, "vae", config.vae, learner, make)
+
+    def write(folder: Path) -> None:
+        learner.export(folder / "model")
+        (folder / "latents").mkdir()
+        log.info("vae: encoding the training split")
+        mean_C, std_C = encode_split(config.cluster, folder / "model", dataset, folder / "latents")
+        vae = load_vae(folder / "model")
+        set_latent_statistics(vae, mean_C, std_C)
+        save_vae(folder / "model", vae)
+
+    progress.finish(write)
+
+
+def run_sft(run: Run, learner: LearnerGroup) -> None:
+    """Trains the transformer on all tasks from cached latents."""
+    config = run.config
+    vae_stage = run.require("vae", wanted_by="sft")
+    dataset = config.dataset_folder
+    make = functools.partial(
+        make_sft_program, config.sft.network, config.sft.objective, vae_stage, dataset, config.seed
+    )
+    progress = _train(run, "sft", config.sft, learner, make)
+    progress.finish(lambda folder: learner.export(folder / "model"))
+
+
+def _train(run: Run, stage: str, config: BatchedConfig, learner: LearnerGroup, make: functools.partial) -> Progress:
+    sampler = task_sampler(run, stage, config.tasks)
+    size = learner.setup(
+        make, config.optimiser, EngineConfig(zero_stage=config.zero_stage, ema=config.ema), config.steps
+    )
+    progress = Progress(run, stage, config.steps, config.commit_every)
+    start = progress.resume(learner.restore)
+    log.info("%s: %.2f M parameters, %d steps of %d records", stage, size / 1e6, config.steps, _records(config))
+    began, shown = time.monotonic(), 0.0
+    for step in range(start, config.steps):
+        items = []
+        for k in range(config.micro_batches):
+            position = step * config.micro_batches + k
+            draw = sampler.draw(position, config.micro_batch)
+            items.append(Item(Batch(position, draw), count=config.micro_batch, cost=get_task(draw.task).images))
+        record = learner.train(step, items)
+        done = step + 1
+        if time.monotonic() - shown > 5.0 or done == config.steps:
+            shown = time.monotonic()
+            per_step = (shown - began) / (done - start)
+            line = (
+                f"loss {record['loss']:.4f}  grad {record['max_grad_norm']:.2f}  lr {record['lr']:.1e}  "
+                f"{per_step:.2f} s/step  {(config.steps - done) * per_step / 60:.1f} min left"
+            )
+            run.record(stage, done, config.steps, line, record)
+        progress.after_step(done, learner.save, {"position": done * config.micro_batches})
+    return progress
+
+
+def task_sampler(run: Run, stage: str, tasks: dict[str, float]) -> TaskSampler:
+    """The stage's own stream of training records."""
+    data = RecordDataset(run.config.dataset_folder, "train")
+    return TaskSampler(data.task_positions, tasks, seed_for(run.config.seed, "stream", stage))
+
+
+def _records(config: BatchedConfig) -> int:
+    return config.micro_batch * config.micro_batches

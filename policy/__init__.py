@@ -1,0 +1,1 @@
+"""Alpha-aware VAE, DiT over RGBA stacks, text conditions, flow SDE and objectives. No Ray, no DeepSpeed."""

@@ -1,0 +1,82 @@
+"""A rolled-out group as it crosses processes: numpy arrays, which Ray shares without copying."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from policy.sampling import Condition
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """What one group is: all of its randomness follows from (seed, step, group)."""
+
+    step: int
+    """Training step that asked for it."""
+    group: int
+    """Number of the group within the step."""
+    index: int
+    """Record index in the training split."""
+    members: int
+    """Group size G."""
+
+    @property
+    def name(self) -> str:
+        """Unique name within a run's lineage."""
+        return f"{self.step}.{self.group}"
+
+
+@dataclass(frozen=True)
+class GroupMeta:
+    """The small part of a group, for the driver."""
+
+    name: str
+    task: str
+    record: str
+    version: int
+    """Policy version that sampled the group."""
+    steps: int
+    """Window steps, each one backward call."""
+    tokens: int
+    """Sequence length times members times window steps: the learner's cost of the group."""
+    seconds: float
+    """Sampling time."""
+
+
+@dataclass(frozen=True)
+class GroupTrajectory:
+    """What the learner needs to replay the window."""
+
+    steps: tuple[int, ...]
+    """Schedule indices of the window's steps."""
+    inputs_NCHW: np.ndarray
+    text_TD: np.ndarray
+    window_GWMCHW: np.ndarray
+    """W + 1 states of each member."""
+    log_probs_GW: np.ndarray
+    """Log-probabilities as the sampler computed them."""
+
+    def condition(self) -> Condition:
+        """The group's condition, expanded to its members."""
+        single = Condition(torch.tensor(self.inputs_NCHW)[None], torch.tensor(self.text_TD)[None])
+        return single.expand(len(self.log_probs_GW))
+
+    def states(self, place: int) -> torch.Tensor:
+        """Window state ``place`` of every member, (G, M, C, H, W) float32."""
+        return torch.tensor(self.window_GWMCHW[:, place]).float()
+
+
+@dataclass(frozen=True)
+class GroupPixels:
+    """What scorers and pictures need: decoded layers, lossless."""
+
+    name: str
+    task: str
+    prompt: str
+    layers_GLCHW: np.ndarray
+    """Decoded layers, float32 in [0, 1], straight alpha."""
+    targets_LCHW: np.ndarray
+    """True layers, float32 in [0, 1]."""
+    inputs: tuple[np.ndarray, ...]
+    """Input images (4, H, W), float32 in [0, 1]."""

@@ -1,0 +1,96 @@
+"""One stochastic transition of a flow model and its log-density: the same code samples and replays.
+
+Notation: x latent, v velocity, σ the noise level now, σ′ < σ the next one, dt = σ′ − σ < 0,
+x̂₀ = x − σv, x̂₁ = x + (1 − σ)v. Everything here is computed in float32 (float64 stays float64), whatever the
+model's dtype; the log-probability is the mean over all non-batch dimensions.
+
+- ``flow_sde``: Flow-GRPO (arXiv 2505.05470), s = η √(σ / (1 − σ*)), σ* = σ except at σ = 1, where it is the
+  schedule's next sigma; mean x(1 + s²dt/2σ) + v(1 + s²(1−σ)/2σ)dt, noise scale s√−dt.
+- ``dance``: DanceGRPO (arXiv 2505.07818), the same mean with s = η.
+- ``cps``: FlowCPS (arXiv 2509.05952), s = σ′ sin(ηπ/2), mean (1−σ′)x̂₀ + √(σ′²−s²) x̂₁, noise scale s, and the
+  density without constants, −mean (x′−mean)²: it is not on the scale of the other two.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import model_validator
+
+from common.config import StrictConfig
+
+KernelName = Literal["flow_sde", "dance", "cps"]
+
+
+class KernelConfig(StrictConfig):
+    """How noise enters a sampling step inside the window."""
+
+    name: KernelName = "flow_sde"
+    """``flow_sde``, ``dance`` or ``cps``."""
+    eta: float = 0.7
+    """Noise level η ≥ 0; 0 is the ODE. For ``cps`` it must lie in [0, 1]."""
+
+    @model_validator(mode="after")
+    def _eta_fits(self) -> "KernelConfig":
+        if self.eta <= 0 or (self.name == "cps" and self.eta > 1):
+            limits = "(0, 1]" if self.name == "cps" else "(0, ∞)"
+            raise ValueError(f"eta {self.eta} does not fit {self.name}: it must lie in {limits}")
+        return self
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A Gaussian step x → x′."""
+
+    mean: torch.Tensor
+    """Mean of x′, shape of x."""
+    scale: float
+    """The actual noise scale of x′ (for ``flow_sde`` s√−dt, not s)."""
+    gaussian: bool
+    """Whether the log-density carries the Gaussian scale and constants."""
+
+    def log_prob(self, next_latents: torch.Tensor) -> torch.Tensor:
+        """Log-density of x′ under this step, mean over non-batch dimensions, shape (B,)."""
+        squared = (next_latents.to(self.mean.dtype) - self.mean) ** 2
+        per_sample = squared.flatten(1).mean(1)
+        if not self.gaussian:
+            return -per_sample
+        return -per_sample / (2 * self.scale**2) - math.log(self.scale) - 0.5 * math.log(2 * math.pi)
+
+
+def transition(
+    config: KernelConfig, latents: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float, sigma_1: float
+) -> Transition:
+    """The stochastic step from ``sigma`` to ``sigma_next``.
+
+    Args:
+        latents, velocity: (B, ...).
+        sigma_1: the schedule's second sigma, which stands in for σ* at σ = 1.
+
+    Raises:
+        ValueError: the step ends at σ′ = 0, which is always an ODE step.
+    """
+    if not sigma_next > 0:
+        raise ValueError("the last step of a schedule is an ODE step: it has no density")
+    work = torch.promote_types(latents.dtype, torch.float32)
+    x, v = latents.to(work), velocity.to(work)
+    dt = sigma_next - sigma
+    if config.name == "cps":
+        scale = sigma_next * math.sin(config.eta * math.pi / 2)
+        clean, noise = x - sigma * v, x + (1 - sigma) * v
+        mean = (1 - sigma_next) * clean + math.sqrt(max(sigma_next**2 - scale**2, 0.0)) * noise
+        return Transition(mean, scale, gaussian=False)
+    if config.name == "dance":
+        s = config.eta
+    else:
+        s = config.eta * math.sqrt(sigma / (1 - (sigma_1 if sigma >= 1 else sigma)))
+    drift = s**2 / (2 * sigma) * dt
+    mean = x * (1 + drift) + v * (dt + drift * (1 - sigma))
+    return Transition(mean, s * math.sqrt(-dt), gaussian=True)
+
+
+def ode_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+    """Euler step of the probability-flow ODE, x + v·dt."""
+    work = torch.promote_types(latents.dtype, torch.float32)
+    return latents.to(work) + (sigma_next - sigma) * velocity.to(work)

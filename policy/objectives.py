@@ -1,0 +1,76 @@
+"""Losses as pure functions of tensors. Sums are returned with their counts, so that whoever knows the global count
+divides by it: a rank that holds fewer samples must not weigh them more."""
+
+from dataclasses import dataclass
+
+import torch
+
+from policy.kernels import KernelConfig, transition
+
+# Mean and mean square of ImageNet backgrounds per channel in [−1, 1] space (AlphaVAE, arXiv 2507.09308).
+BACKGROUND_MEAN = (-0.0357, -0.0811, -0.1797)
+BACKGROUND_MEAN_SQUARE = (0.3163, 0.3060, 0.3634)
+
+
+@dataclass(frozen=True)
+class ClippedLoss:
+    """Per-sample clipped losses of one transition and what the step record wants to know about them."""
+
+    losses_B: torch.Tensor
+    ratios_B: torch.Tensor
+    clipped_B: torch.Tensor
+    """True where the clip took the gradient away."""
+
+
+def clipped_loss(
+    log_probs_B: torch.Tensor, old_log_probs_B: torch.Tensor, advantages_B: torch.Tensor, clip_range: float
+) -> ClippedLoss:
+    """max(−A·r, −A·clip(r, 1 − ε, 1 + ε)) with r = exp(log p − log p_old) (PPO; Flow-GRPO, arXiv 2505.05470)."""
+    ratios = torch.exp(log_probs_B - old_log_probs_B)
+    free = -advantages_B * ratios
+    bounded = -advantages_B * ratios.clamp(1 - clip_range, 1 + clip_range)
+    return ClippedLoss(torch.maximum(free, bounded), ratios.detach(), (bounded > free).detach())
+
+
+def replay_log_prob(
+    kernel: KernelConfig,
+    states_BMCHW: torch.Tensor,
+    next_states_BMCHW: torch.Tensor,
+    velocity_BMCHW: torch.Tensor,
+    sigmas: tuple[float, float, float],
+) -> torch.Tensor:
+    """Log-density of a stored transition under a new velocity, (B,). ``sigmas`` is (σ, σ′, the schedule's second σ)."""
+    return transition(kernel, states_BMCHW, velocity_BMCHW, *sigmas).log_prob(next_states_BMCHW)
+
+
+def shifted_times(uniform_B: torch.Tensor, shift: float) -> torch.Tensor:
+    """Training noise levels t = k·u / (1 + (k − 1)u): uniform for shift 1, more noise for larger ones."""
+    return shift * uniform_B / (1 + (shift - 1) * uniform_B)
+
+
+def flow_matching_pair(
+    clean_BMCHW: torch.Tensor, noise_BMCHW: torch.Tensor, times_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rectified flow: Z_t = (1 − t)Z₀ + tZ₁ and its target velocity Z₁ − Z₀ (Eq. 3 of arXiv 2511.20211 v2)."""
+    t = times_B.view(-1, 1, 1, 1, 1)
+    return (1 - t) * clean_BMCHW + t * noise_BMCHW, noise_BMCHW - clean_BMCHW
+
+
+def alpha_blend_mse(output_B4HW: torch.Tensor, target_B4HW: torch.Tensor) -> torch.Tensor:
+    """Squared error of the blend over a random background, in expectation over backgrounds.
+
+    With P = x̂_rgb·x̂_α − x_rgb·x_α and Δ = x̂_α − x_α the blends over b differ by P − Δ·b, so the expectation is
+    ‖P‖² − 2Δ⟨E[b], P⟩ + Δ²E[b²] (Eq. 6–8 of AlphaVAE, arXiv 2507.09308). Inputs in [−1, 1], α taken to [0, 1].
+    Returns the mean over pixels and channels.
+    """
+    mean = output_B4HW.new_tensor(BACKGROUND_MEAN).view(3, 1, 1)
+    mean_square = output_B4HW.new_tensor(BACKGROUND_MEAN_SQUARE).view(3, 1, 1)
+    alpha_out, alpha = (output_B4HW[:, 3:] + 1) / 2, (target_B4HW[:, 3:] + 1) / 2
+    product = output_B4HW[:, :3] * alpha_out - target_B4HW[:, :3] * alpha
+    delta = alpha_out - alpha
+    return (product**2 - 2 * delta * mean * product + delta**2 * mean_square).mean()
+
+
+def gaussian_kl(mean_BCHW: torch.Tensor, logvar_BCHW: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, var) ‖ N(0, I)), mean over all elements."""
+    return 0.5 * (mean_BCHW**2 + logvar_BCHW.exp() - 1 - logvar_BCHW).mean()

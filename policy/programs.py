@@ -1,0 +1,282 @@
+"""What a learner trains: a program owns a module and turns work items into micro-batches and losses.
+
+A program knows nothing about ranks, engines or Ray. Whoever drives it forwards through ``model`` (the module itself,
+or an engine wrapped round it), divides the loss sums by the global count and steps the optimiser.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from pydantic import Field
+
+from common.config import StrictConfig
+from data.records import RecordDataset
+from data.sampler import Draw
+from data.seeding import seed_for
+from policy.dit import DitConfig, build_dit, velocity
+from policy.folder import load_transformer, load_vae, save_policy, save_vae
+from policy.group import GroupTrajectory
+from policy.kernels import KernelConfig
+from policy.latents import LatentCache
+from policy.objectives import (
+    alpha_blend_mse,
+    clipped_loss,
+    flow_matching_pair,
+    gaussian_kl,
+    replay_log_prob,
+    shifted_times,
+)
+from policy.text import TEXT_DIM, TextEncoder
+from policy.vae import VaeConfig, build_vae
+
+
+@dataclass(frozen=True)
+class MicroLoss:
+    """Loss of one micro-batch."""
+
+    total: torch.Tensor
+    """Sum over the micro-batch's terms, a scalar with gradient."""
+    count: int
+    """Number of terms in the sum."""
+    stats: dict[str, float]
+    """Sums of logged quantities over the same terms; keys with a ``max_`` prefix are maxima."""
+
+
+class Program(Protocol):
+    """The contract between a learner rank and what it trains."""
+
+    module: torch.nn.Module
+
+    def micro_batches(self, payload: Any, extra: Any) -> Sequence[Any]:
+        """Splits one work item (with its small companion, such as advantages) into micro-batches, one backward each."""
+
+    def loss(self, model: torch.nn.Module, micro: Any) -> MicroLoss:
+        """Forwards ``model`` on a micro-batch."""
+
+    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """Writes the module with the given weights as a policy folder."""
+
+
+class VaeLossConfig(StrictConfig):
+    """Weights of the VAE's loss terms."""
+
+    blend: float = Field(1.0, ge=0)
+    """Alpha-blend MSE over random backgrounds."""
+    alpha: float = Field(0.5, ge=0)
+    """Mean absolute error of alpha, which the blend loss alone sees only through colour."""
+    colour: float = Field(0.5, ge=0)
+    """Mean absolute error of alpha-weighted colour."""
+    kl: float = Field(1e-6, ge=0)
+    """KL to N(0, I)."""
+
+
+class VaeForward(torch.nn.Module):
+    """Encoder and decoder in one forward pass, as an engine wants it."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels_B4HW: torch.Tensor, noise_seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        posterior = self.vae.encode(pixels_B4HW).latent_dist
+        generator = torch.Generator().manual_seed(noise_seed)
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.mean, posterior.logvar
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of records: a draw and its position in the training stream."""
+
+    position: int
+    draw: Draw
+
+
+class VaeProgram:
+    """Trains the VAE on every kind of image a record holds."""
+
+    def __init__(self, vae: AutoencoderKL, config: VaeLossConfig, dataset: Path, seed: int) -> None:
+        self.module = VaeForward(vae)
+        self._config, self._seed = config, seed
+        self._data = RecordDataset(dataset, "train")
+
+    def micro_batches(self, payload: Batch, extra: None = None) -> Sequence[Batch]:
+        return (payload,)
+
+    def loss(self, model: torch.nn.Module, micro: Batch) -> MicroLoss:
+        seed = seed_for(self._seed, "vae", micro.position)
+        pick = np.random.default_rng(seed)
+        images = []
+        for index in micro.draw.indices:
+            sample = self._data.record(int(index)).decode()
+            stack = [*sample.inputs, *sample.targets_LCHW]
+            image = stack[int(pick.integers(len(stack)))]
+            images.append(image.flip(-1) if pick.random() < 0.5 else image)
+        pixels = torch.stack(images) * 2 - 1
+        output, mean, logvar = model(pixels, seed)
+        alpha = (pixels[:, 3:] + 1) / 2
+        parts = {
+            "blend": alpha_blend_mse(output, pixels),
+            "alpha": (output[:, 3:] - pixels[:, 3:]).abs().mean() / 2,
+            "colour": ((output[:, :3] - pixels[:, :3]).abs() * alpha).mean() / 2,
+            "kl": gaussian_kl(mean, logvar),
+        }
+        total = sum((getattr(self._config, name) * part for name, part in parts.items()), torch.zeros(()))
+        count = len(images)
+        return MicroLoss(total * count, count, {name: float(part.detach()) * count for name, part in parts.items()})
+
+    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        module = deepcopy(self.module)
+        module.load_state_dict(weights)
+        save_vae(folder, module.vae)
+
+
+class SftConfig(StrictConfig):
+    """The supervised objective."""
+
+    shift: float = Field(3.0, gt=0)
+    """Time shift of the training noise levels; 1 is the paper's uniform law."""
+    prompt_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that a sample's prompt is replaced by the empty one."""
+
+
+class SftProgram:
+    """Rectified flow on cached latents of all tasks."""
+
+    def __init__(
+        self, transformer: torch.nn.Module, config: SftConfig, vae_stage: Path, dataset: Path, seed: int
+    ) -> None:
+        """
+        Args:
+            vae_stage: what the VAE stage left: ``model/`` and ``latents/``.
+        """
+        self.module = transformer
+        self._config, self._seed = config, seed
+        self._vae = load_vae(vae_stage / "model")
+        statistics = self._vae.config
+        self._cache = LatentCache(vae_stage / "latents", statistics.latents_mean, statistics.latents_std)
+        self._data = RecordDataset(dataset, "train")
+        self._text = TextEncoder()
+
+    def micro_batches(self, payload: Batch, extra: None = None) -> Sequence[Batch]:
+        return (payload,)
+
+    def loss(self, model: torch.nn.Module, micro: Batch) -> MicroLoss:
+        indices = [int(index) for index in micro.draw.indices]
+        generator = torch.Generator().manual_seed(seed_for(self._seed, "sft", micro.position))
+        inputs, targets = zip(*(self._latents(index) for index in indices), strict=True)
+        clean = torch.stack(targets)
+        noise = torch.randn(clean.shape, generator=generator)
+        times = shifted_times(torch.rand(len(indices), generator=generator), self._config.shift)
+        dropped = torch.rand(len(indices), generator=generator) < self._config.prompt_dropout
+        prompts = ["" if drop else self._data.prompt(i) for i, drop in zip(indices, dropped, strict=True)]
+        text, mask = self._text.encode_batch(prompts)
+        noisy, target = flow_matching_pair(clean, noise, times)
+        output = velocity(model, noisy, times, torch.stack(inputs), text, mask)
+        errors_B = ((output.float() - target) ** 2).flatten(1).mean(1)
+        return MicroLoss(errors_B.sum(), len(indices), {"mse": float(errors_B.detach().sum())})
+
+    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        _export_transformer(folder, self._vae, self.module, weights)
+
+    def _latents(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        record = self._data.cheap(index)
+        return (
+            self._cache.stack(image.digest for image in record.inputs),
+            self._cache.stack(image.digest for image in record.targets),
+        )
+
+
+class GrpoConfig(StrictConfig):
+    """The clipped policy-gradient objective."""
+
+    clip_range: float = Field(1e-3, gt=0)
+    """ε of the clipped ratio. Ratios spread as 1/√(latent size): choose it from the logged clip fraction."""
+
+
+class GrpoProgram:
+    """Clipped GRPO on the recorded window transitions: one micro-batch is one step of one group.
+
+    The companion of a group is its advantages (G,), NaN for members that lost their scores.
+    """
+
+    def __init__(self, policy: Path, config: GrpoConfig, kernel: KernelConfig, sigmas: Sequence[float]) -> None:
+        """
+        Args:
+            policy: the policy folder to start from.
+        """
+        # Evaluation mode, as in the sampler: the ratio of an unchanged policy is exactly 1.
+        self.module = load_transformer(policy).eval()
+        self._policy = policy
+        self._config, self._kernel, self._sigmas = config, kernel, tuple(sigmas)
+
+    def micro_batches(
+        self, payload: GroupTrajectory, extra: np.ndarray
+    ) -> Sequence[tuple[GroupTrajectory, np.ndarray, int]]:
+        return [(payload, extra, place) for place in range(len(payload.steps))]
+
+    def loss(self, model: torch.nn.Module, micro: tuple[GroupTrajectory, np.ndarray, int]) -> MicroLoss:
+        group, advantages_G, place = micro
+        step = group.steps[place]
+        condition = group.condition()
+        states, next_states = group.states(place), group.states(place + 1)
+        sigma, sigma_next = self._sigmas[step], self._sigmas[step + 1]
+        # Every member is forwarded, also those without a score: the ratio is exact only at the rollout's batch shape.
+        output = velocity(
+            model,
+            states,
+            torch.full((len(states),), sigma),
+            condition.inputs_BNCHW,
+            condition.text_BTD,
+            condition.text_mask_BT,
+        )
+        log_probs = replay_log_prob(self._kernel, states, next_states, output, (sigma, sigma_next, self._sigmas[1]))
+        advantages = torch.tensor(advantages_G, dtype=torch.float32)
+        kept = ~advantages.isnan()
+        old = torch.tensor(group.log_probs_GW[:, place])
+        result = clipped_loss(log_probs[kept], old[kept], advantages[kept], self._config.clip_range)
+        ratios, log_ratios = result.ratios_B, (log_probs - old)[kept].detach()
+        return MicroLoss(
+            total=result.losses_B.sum(),
+            count=int(kept.sum()),
+            stats={
+                "ratio": float(ratios.sum()),
+                "max_ratio_error": float((ratios - 1).abs().max()),
+                "clipped": float(result.clipped_B.float().sum()),
+                "approx_kl": float((ratios - 1 - log_ratios).sum()),  # Schulman's k3 estimator
+            },
+        )
+
+    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        _export_transformer(folder, load_vae(self._policy), self.module, weights)
+
+
+def _export_transformer(
+    folder: Path, vae: AutoencoderKL, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]
+) -> None:
+    module = deepcopy(module)
+    module.load_state_dict(weights)
+    save_policy(folder, vae, module)
+
+
+def make_vae_program(network: VaeConfig, config: VaeLossConfig, dataset: Path, seed: int) -> VaeProgram:
+    """A fresh VAE and its objective."""
+    return VaeProgram(build_vae(network, seed_for(seed, "vae weights")), config, dataset, seed)
+
+
+def make_sft_program(network: DitConfig, config: SftConfig, vae_stage: Path, dataset: Path, seed: int) -> SftProgram:
+    """A fresh transformer that fits the VAE's latents, and its objective."""
+    channels = int(load_vae(vae_stage / "model").config.latent_channels)
+    transformer = build_dit(network, channels, TEXT_DIM, seed_for(seed, "transformer weights"))
+    return SftProgram(transformer, config, vae_stage, dataset, seed)
+
+
+def make_grpo_program(policy: Path, config: GrpoConfig, kernel: KernelConfig, sigmas: Sequence[float]) -> GrpoProgram:
+    """The policy of an earlier stage and the clipped objective."""
+    return GrpoProgram(policy, config, kernel, sigmas)

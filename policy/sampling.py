@@ -1,0 +1,99 @@
+"""Sampling stacks of RGBA latents from the DiT: ODE steps outside the window, recorded SDE steps inside it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from data.seeding import seed_for
+from policy.dit import velocity
+from policy.kernels import KernelConfig, ode_step, transition
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch of samples is conditioned on."""
+
+    inputs_BNCHW: torch.Tensor
+    """Normalised latents of the input images."""
+    text_BTD: torch.Tensor
+    """Text states."""
+    text_mask_BT: torch.Tensor | None = None
+    """True where a text token is real; None where none is padding."""
+
+    def expand(self, count: int) -> "Condition":
+        """Repeats a batch of one for every member of a group."""
+        mask = None if self.text_mask_BT is None else self.text_mask_BT.expand(count, -1)
+        return Condition(self.inputs_BNCHW.expand(count, -1, -1, -1, -1), self.text_BTD.expand(count, -1, -1), mask)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A sampled batch and the transitions inside its window."""
+
+    latents_BMCHW: torch.Tensor
+    """Clean latents at σ = 0."""
+    window_BWMCHW: torch.Tensor
+    """The window's W + 1 states: entry w is the state before window step w, entry w + 1 the one after."""
+    log_probs_BW: torch.Tensor
+    """Log-density of each window step under the sampling policy."""
+
+
+def member_noise(shape: Sequence[int], seed: int, step: int, group: int, member: int, name: str) -> torch.Tensor:
+    """Standard normal noise of one group member: a function of its arguments alone, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed_for(seed, "noise", step, group, member, name))
+    return torch.randn(tuple(shape), generator=generator)
+
+
+@torch.no_grad()
+def denoise(
+    model: torch.nn.Module,
+    condition: Condition,
+    initial_BMCHW: torch.Tensor,
+    sigmas: Sequence[float],
+    window: range = range(0),
+    kernel: KernelConfig | None = None,
+    noise: Callable[[int], torch.Tensor] | None = None,
+    storage: torch.dtype = torch.float32,
+) -> Trajectory:
+    """Integrates from noise at σ = 1 to clean latents.
+
+    Args:
+        initial_BMCHW: standard normal latents.
+        sigmas: N + 1 noise levels, falling to 0.
+        window: steps taken by ``kernel`` with ``noise(step)`` (B, M, C, H, W) instead of the ODE.
+        storage: dtype in which window states are kept. States are rounded to it before their density is computed,
+            so a replay of the stored states meets exactly the same numbers.
+    """
+    latents = initial_BMCHW
+    states: list[torch.Tensor] = []
+    log_probs: list[torch.Tensor] = []
+    for step in range(len(sigmas) - 1):
+        sigma, sigma_next = sigmas[step], sigmas[step + 1]
+        if step in window:
+            latents = latents.to(storage).to(initial_BMCHW.dtype)
+            states.append(latents.to(storage))
+        v = velocity(
+            model,
+            latents,
+            torch.full((len(latents),), sigma, dtype=latents.dtype),
+            condition.inputs_BNCHW,
+            condition.text_BTD,
+            condition.text_mask_BT,
+        )
+        if step in window:
+            assert kernel is not None
+            assert noise is not None
+            move = transition(kernel, latents, v, sigma, sigma_next, sigmas[1])
+            latents = (move.mean + move.scale * noise(step).to(move.mean)).to(storage).to(initial_BMCHW.dtype)
+            log_probs.append(move.log_prob(latents))
+            if step == window[-1]:
+                states.append(latents.to(storage))
+        else:
+            latents = ode_step(latents, v, sigma, sigma_next).to(initial_BMCHW.dtype)
+    empty = initial_BMCHW.new_zeros(len(initial_BMCHW), 0)
+    return Trajectory(
+        latents_BMCHW=latents,
+        window_BWMCHW=torch.stack(states, 1) if states else empty,
+        log_probs_BW=torch.stack(log_probs, 1) if log_probs else empty,
+    )

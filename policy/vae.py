@@ -1,0 +1,94 @@
+"""The alpha-aware VAE: diffusers' AutoencoderKL with four channels in and out.
+
+Pixels are layers in [0, 1] with straight alpha; the network sees them scaled to [−1, 1]. Latents leave this module
+normalised per channel with the mean and standard deviation measured on the training split and stored in the
+model's own config (``latents_mean``, ``latents_std``).
+"""
+
+import torch
+from diffusers import AutoencoderKL
+from pydantic import Field
+
+from common.config import StrictConfig
+from common.errors import CheckpointError
+
+
+class VaeConfig(StrictConfig):
+    """Size of a freshly initialised VAE."""
+
+    channels: tuple[int, ...] = (24, 48, 64)
+    """Channels per resolution; each further entry halves it, so three give f4 latents."""
+    latent_channels: int = Field(8, ge=1)
+    """Channels of a latent."""
+    blocks: int = Field(1, ge=1)
+    """Residual blocks per resolution."""
+    norm_groups: int = Field(8, ge=1)
+    """Groups of the group norms; must divide every entry of ``channels``."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+def build_vae(config: VaeConfig, seed: int) -> AutoencoderKL:
+    """A 4-channel AutoencoderKL with weights drawn from ``seed`` that starts opaque.
+
+    Opaque initialisation (Eq. 14 of arXiv 2511.20211 v2): the decoder's alpha row has zero weights and bias 1 and
+    the encoder's alpha column is zero, so that alpha is learned from "fully opaque" on.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * len(config.channels),
+            up_block_types=("UpDecoderBlock2D",) * len(config.channels),
+            block_out_channels=config.channels,
+            layers_per_block=config.blocks,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_groups,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    with torch.no_grad():
+        vae.encoder.conv_in.weight[:, 3].zero_()
+        vae.decoder.conv_out.weight[3].zero_()
+        vae.decoder.conv_out.bias[3].fill_(1.0)
+    return vae
+
+
+def set_latent_statistics(vae: AutoencoderKL, mean_C: torch.Tensor, std_C: torch.Tensor) -> None:
+    """Stores shift and scale of the latents in the model's config, where every saved copy carries them."""
+    vae.register_to_config(
+        latents_mean=[float(value) for value in mean_C], latents_std=[float(value) for value in std_C]
+    )
+
+
+class LatentCodec:
+    """Layers ↔ normalised latents.
+
+    Raises:
+        CheckpointError: the VAE carries no measured latent statistics.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        if vae.config.latents_mean is None or vae.config.latents_std is None:
+            raise CheckpointError("the VAE has no latents_mean/latents_std; run `omnialpha vae` to measure them")
+        self.vae = vae.eval().requires_grad_(False)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.channels = int(vae.config.latent_channels)
+        self._mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1)
+        self._std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
+
+    @torch.no_grad()
+    def encode(self, layers_BCHW: torch.Tensor) -> torch.Tensor:
+        """(B, 4, H, W) in [0, 1] → posterior means (B, C, H/f, W/f), normalised."""
+        mean = self.vae.encode(layers_BCHW * 2 - 1).latent_dist.mean
+        return (mean - self._mean) / self._std
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        """Inverse of :meth:`encode`: layers in [0, 1], clamped."""
+        pixels = self.vae.decode(latents_BCHW * self._std + self._mean).sample
+        return ((pixels + 1) / 2).clamp(0, 1)

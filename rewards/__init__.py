@@ -1,0 +1,1 @@
+"""Scorers of decoded RGBA layers, group advantages, quality metrics and paired statistics."""

@@ -1,0 +1,320 @@
+"""The plug-in contract of a reward: what a scorer gets, what it may return, and how it is found.
+
+A scorer is a plain function ``score(batch)`` or an object with that method. It returns G numbers, one per member
+of the group, higher is better, as a list, tuple, NumPy array or tensor. It may carry an attribute ``needs``, a
+collection out of ``{"targets", "inputs", "prompt"}``: without them it is not called.
+
+Whatever goes wrong inside a scorer becomes a *missing* score with a reason. It is never 0, because 0 is a judgement.
+"""
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import operator
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import ConfigError, RewardError
+
+NEEDS = frozenset({"targets", "inputs", "prompt"})
+
+Scorer = Any
+"""A callable ``(batch) -> G floats`` or an object with such a method ``score``; checked by :func:`scorer_needs`."""
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+_registry: dict[str, Callable[..., Any]] = {}
+
+# Modules that register the shipped scorers. They import this one, so they are imported on first use and not above.
+_SHIPPED = ("rewards.terms",)
+
+
+@dataclass(frozen=True, eq=False)
+class RewardBatch:
+    """One group of candidates for one prompt, decoded. All tensors lie on one device; scorers must not write to them.
+
+    Raises:
+        RewardError: a field breaks its contract.
+    """
+
+    task: str
+    """Name in the task table (``data.tasks``)."""
+    prompt: str
+    """The instruction as the policy saw it; may be empty."""
+    roles: tuple[str, ...]
+    """Role of each of the L target layers, back to front: "background" or "foreground"."""
+    layers_GLCHW: Tensor
+    """Decoded candidates: G members, L layers, straight-alpha RGBA (C = 4), float32 in [0, 1]."""
+    targets_LCHW: Tensor | None = None
+    """Truth in the same layout and size; None where no unique truth exists."""
+    inputs: tuple[Tensor, ...] = ()
+    """Conditioning images, each RGBA 4×H×W float32 in [0, 1]."""
+    input_roles: tuple[str, ...] = ()
+    """Role of each input: "image" or "mask"."""
+    group: str = ""
+    """Identifier of the group, for messages and logs."""
+
+    def __post_init__(self) -> None:
+        layers = self.layers_GLCHW
+        if layers.ndim != 5 or layers.shape[2] != 4 or 0 in layers.shape:
+            self._refuse("layers_GLCHW", f"has shape {tuple(layers.shape)}; pass (G, L, 4, H, W)")
+        if layers.dtype != torch.float32:
+            self._refuse("layers_GLCHW", f"is {layers.dtype}; convert the decoded layers to float32")
+        if len(self.roles) != layers.shape[1]:
+            self._refuse("roles", f"has {len(self.roles)} entries for {layers.shape[1]} layers; name each layer's role")
+        if self.targets_LCHW is not None and self.targets_LCHW.shape != layers.shape[1:]:
+            shape, expected = tuple(self.targets_LCHW.shape), tuple(layers.shape[1:])
+            self._refuse("targets_LCHW", f"has shape {shape}, the layers need {expected}; resize or reorder the truth")
+        for index, image in enumerate(self.inputs):
+            if image.ndim != 3 or image.shape[0] != 4:
+                self._refuse(f"inputs[{index}]", f"has shape {tuple(image.shape)}; pass RGBA (4, H, W)")
+        if len(self.input_roles) != len(self.inputs):
+            self._refuse("input_roles", f"has {len(self.input_roles)} entries for {len(self.inputs)} inputs")
+
+    def _refuse(self, field: str, problem: str) -> None:
+        raise RewardError(f"reward batch of group {self.group!r}, task {self.task!r}: {field} {problem}")
+
+    @property
+    def members(self) -> int:
+        """G, the number of candidates."""
+        return self.layers_GLCHW.shape[0]
+
+    @property
+    def foregrounds(self) -> tuple[int, ...]:
+        """Indices of the foreground layers."""
+        return tuple(index for index, role in enumerate(self.roles) if role == "foreground")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of one scorer for one group."""
+
+    name: str
+    values_G: np.ndarray
+    """float64; NaN where the score is missing."""
+    reasons: tuple[str | None, ...]
+    """Why a member's score is missing; None where it is present."""
+
+
+def scorer_needs(scorer: Scorer) -> frozenset[str]:
+    """Reads ``scorer.needs`` and checks that the scorer can be called at all.
+
+    Raises:
+        RewardError: not callable, or ``needs`` is not a collection of known names.
+    """
+    if not callable(_entry(scorer)):
+        raise RewardError(
+            f"{scorer!r} is not a scorer: write a function score(batch) that returns one number per member, "
+            "or an object with that method"
+        )
+    declared = getattr(scorer, "needs", ())
+    hint = f"write for example needs = {{'targets'}}, out of {', '.join(sorted(NEEDS))}"
+    if isinstance(declared, str) or not isinstance(declared, (set, frozenset, list, tuple)):
+        raise RewardError(f"needs of {scorer!r} is {declared!r}, not a set; {hint}")
+    if unknown := [need for need in declared if need not in NEEDS]:
+        raise RewardError(f"needs of {scorer!r} names {unknown[0]!r}, which no batch has; {hint}")
+    return frozenset(declared)
+
+
+def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:
+    """Runs ``scorer`` and turns whatever it does into G scores, each present and finite or missing with a reason.
+
+    An exception, an unmet need, None, a wrong type or a wrong length makes all G scores missing; None or a
+    non-finite or non-numeric entry makes that member's score missing.
+
+    Raises:
+        RewardError: the object is not a scorer (:func:`scorer_needs`); nothing that a scorer does while scoring.
+    """
+    present = {"targets": batch.targets_LCHW is not None, "inputs": bool(batch.inputs), "prompt": bool(batch.prompt)}
+    if unmet := sorted(need for need in scorer_needs(scorer) if not present[need]):
+        return _all_missing(name, batch, f"needs {', '.join(unmet)}, which task {batch.task!r} did not provide")
+    try:
+        with torch.no_grad():
+            returned = _entry(scorer)(batch)
+    except Exception as error:  # a plug-in may raise anything, and none of it may cost the group its other terms
+        return _all_missing(name, batch, _describe(error))
+    values = _entries(returned)
+    if values is None:
+        return _all_missing(
+            name, batch, f"returned {_shape_of(returned)}, expected a flat sequence of {batch.members} numbers"
+        )
+    if len(values) != batch.members:
+        return _all_missing(name, batch, f"returned {len(values)} values for {batch.members} members")
+    checked = [_check(value) for value in values]
+    return Scores(name, np.array([value for value, _ in checked]), tuple(reason for _, reason in checked))
+
+
+def register(name: str) -> Callable[[Factory], Factory]:
+    """Decorator that makes a scorer class or scoring function available to :func:`build` as ``name``.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def add(thing: Factory) -> Factory:
+        if name in _registry:
+            raise ConfigError(f"a scorer named {name!r} is already registered; choose another name")
+        _registry[name] = thing
+        return thing
+
+    return add
+
+
+def registered() -> tuple[str, ...]:
+    """Names of all registered scorers, sorted."""
+    for module in _SHIPPED:
+        importlib.import_module(module)
+    return tuple(sorted(_registry))
+
+
+def build(name: str, params: Mapping[str, Any] | None = None) -> Scorer:
+    """Makes a scorer from a registered name, ``module:attribute`` or ``path/to/file.py:attribute``.
+
+    A class is called with ``params``; a function gets ``params`` as keyword arguments beside the batch; an object
+    with a ``score`` method is used as it is.
+
+    Raises:
+        ConfigError: nothing of that name, code that cannot be imported, or params that do not fit.
+        RewardError: what was found is not a scorer.
+    """
+    thing = _find(name)
+    keywords = dict(params or {})
+    if inspect.isclass(thing):
+        _check_params(name, thing, (), keywords)
+        scorer = thing(**keywords)
+    elif not callable(getattr(thing, "score", None)) and callable(thing) and keywords:
+        _check_params(name, thing, (None,), keywords)
+        # update_wrapper carries `needs` from the function over to the partial.
+        scorer = functools.update_wrapper(functools.partial(thing, **keywords), thing)
+    elif keywords:
+        raise ConfigError(f"reward {name!r} is a ready object and takes no params; remove {', '.join(keywords)}")
+    else:
+        scorer = thing
+    scorer_needs(scorer)
+    return scorer
+
+
+def _entry(scorer: Scorer) -> Any:
+    return getattr(scorer, "score", scorer)
+
+
+def _describe(error: Exception) -> str:
+    # The frame below run_scorer is the scorer's own; deeper ones are often inside torch and tell its author little.
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[1].filename).name}:{frames[1].lineno}" if len(frames) > 1 else ""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}{place}: {text}"
+
+
+def _all_missing(name: str, batch: RewardBatch, reason: str) -> Scores:
+    return Scores(name, np.full(batch.members, np.nan), (reason,) * batch.members)
+
+
+def _entries(returned: Any) -> Sequence[Any] | None:
+    if isinstance(returned, Tensor):
+        return returned.detach().cpu().tolist() if returned.ndim == 1 else None
+    if isinstance(returned, np.ndarray):
+        return returned.tolist() if returned.ndim == 1 else None
+    return returned if isinstance(returned, (list, tuple)) else None
+
+
+def _shape_of(returned: Any) -> str:
+    if isinstance(returned, (Tensor, np.ndarray)):
+        return f"an array of shape {tuple(returned.shape)}"
+    return "None" if returned is None else f"a {type(returned).__name__}"
+
+
+def _check(value: Any) -> tuple[float, str | None]:
+    if value is None:
+        return math.nan, "returned None for this member"
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
+        return math.nan, f"returned a {type(value).__name__} for this member, not a number"
+    return (number, None) if math.isfinite(number) else (math.nan, f"returned {number} for this member")
+
+
+def _check_params(name: str, thing: Callable[..., Any], leading: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    try:
+        signature = inspect.signature(thing)
+    except ValueError:  # some builtins do not tell
+        return
+    try:
+        signature.bind(*leading, **keywords)
+    except TypeError as error:
+        known = ", ".join(list(signature.parameters)[len(leading) :]) or "none"
+        raise ConfigError(f"reward {name!r}: params do not fit: {error}; it takes: {known}") from None
+
+
+def _find(name: str) -> Any:
+    source, separator, attribute = name.rpartition(":")
+    if not separator:
+        known = registered()
+        if name in _registry:
+            return _registry[name]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"no reward named {name!r}; {hint}registered: {', '.join(known)}; "
+            "your own: module:attribute or path/to/file.py:attribute"
+        )
+    if not source or not attribute:
+        raise ConfigError(f"reward {name!r} is not of the form module:attribute or path/to/file.py:attribute")
+    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    try:
+        return operator.attrgetter(attribute)(module)
+    except AttributeError:
+        public = ", ".join(key for key in vars(module) if not key.startswith("_")) or "nothing"
+        raise ConfigError(f"reward {name!r}: {source} has no {attribute!r}; it defines: {public}") from None
+
+
+def _import_module(source: str) -> Any:
+    try:
+        return importlib.import_module(source)
+    except Exception as error:  # importing runs foreign code, which may raise anything
+        raise ConfigError(
+            f"reward module {source!r} cannot be imported ({_import_failure(error)}); "
+            "install it on this machine, mend it, or give a file as path/to/file.py:attribute"
+        ) from error
+
+
+def _import_file(path: Path) -> Any:
+    try:
+        code = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"reward file {path.absolute()} cannot be read ({error.strerror}); give its path on this machine"
+        ) from None
+    # A private name keeps a user's data.py or rewards.py from shadowing ours. The content is part of it, so that an
+    # edited file is loaded anew, and two attributes of one file share one module.
+    digest = hashlib.sha256(str(path.resolve()).encode() + code).hexdigest()[:16]
+    module_name = f"_omnialpha_reward_{digest}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look a class's module up here while it is being made
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # importing runs foreign code, which may raise anything
+        del sys.modules[module_name]
+        raise ConfigError(f"reward file {path} fails on import ({_import_failure(error)}); mend it") from error
+    return module
+
+
+def _import_failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

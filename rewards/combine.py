@@ -1,0 +1,169 @@
+"""From the scores of several terms to one advantage per group member: pure NumPy float64, no state."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from common.config import StrictConfig
+from common.errors import RewardError
+from rewards.base import Scores
+
+Array = np.ndarray
+
+EPSILON = 1e-8
+"""Added to every standard deviation, as in the paper's code."""
+
+NO_SIGNAL = 1e-6
+"""A group whose advantages are all smaller than this has nothing to learn from."""
+
+DropReason = Literal["below_min_group", "zero_variance"]
+
+
+class TermConfig(StrictConfig):
+    """One reward term."""
+
+    name: str = Field(min_length=1)
+    """Name in the logs; also the scorer, unless ``scorer`` says otherwise."""
+    scorer: str | None = None
+    """Registered name, ``module:attribute`` or ``path/to/file.py:attribute``; null takes ``name``."""
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Weight among the active terms; only ratios matter. 0 logs the term without training on it."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the scorer."""
+
+    @property
+    def source(self) -> str:
+        """What :func:`rewards.base.build` takes."""
+        return self.scorer or self.name
+
+
+class RewardConfig(StrictConfig):
+    """Which terms judge a sample and how they become an advantage."""
+
+    terms: tuple[TermConfig, ...] = Field(min_length=1)
+    """The reward terms; a task uses those that its entry in the task table activates."""
+    std_floor: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Smallest standard deviation a term is divided by, in units of the score; 0 is the paper's rule."""
+    clamp: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Advantages are clamped to ±clamp; |z| ≤ √(G−1), so that 5 binds only from G = 27."""
+    min_group: int = Field(default=2, ge=2)
+    """Groups with fewer scored members are dropped and counted."""
+    missing: Literal["drop", "fail"] = "drop"
+    """A missing score: leave it out, or stop the run with its reason."""
+
+    @field_validator("terms")
+    @classmethod
+    def _usable(cls, terms: tuple[TermConfig, ...]) -> tuple[TermConfig, ...]:
+        names = [term.name for term in terms]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"term {twice[0]!r} occurs more than once; give each its own name and say which code it is in 'scorer'"
+            )
+        if not any(term.weight for term in terms):
+            raise ValueError("every term has weight 0, so that nothing is left to train on; give one a weight")
+        return terms
+
+
+def stack_scores(scores: Sequence[Scores], missing: Literal["drop", "fail"], where: str) -> Array:
+    """Puts the terms of one group together: (T, G) float64, NaN = missing.
+
+    Args:
+        scores: one entry per active term.
+        missing: the policy of :class:`RewardConfig`.
+        where: names the group in the error.
+
+    Raises:
+        RewardError: the terms have different lengths, or the policy is "fail" and a score is missing.
+    """
+    lengths = {len(term.values_G) for term in scores}
+    if len(lengths) != 1:
+        raise RewardError(f"{where}: the terms score {sorted(lengths)} members; all must score the same group")
+    if missing == "fail":
+        for term in scores:
+            for member, reason in enumerate(term.reasons):
+                if reason is not None:
+                    raise RewardError(
+                        f"{where}: reward {term.name!r} has no score for member {member}: {reason}; "
+                        "mend the scorer, or set missing: drop to go on without it"
+                    )
+    return np.stack([term.values_G for term in scores]).astype(np.float64)
+
+
+def group_advantages(scores_TG: Array, weights_T: Array | Sequence[float], std_floor: float, clamp: float) -> Array:
+    """Advantages of one group, by the rule of OmniAlpha's code (arXiv 2511.20211 v2, Eq. 7 and the text above it).
+
+    Each term is z-scored over the members that have it, (x − mean) / (std + 1e-8) with the population std; a
+    member's terms are averaged by weight, over those it has; the result is z-scored again and clamped.
+
+    With ``std_floor`` > 0 a term is divided by max(std, std_floor), and the second time by max(std, 1), so that terms
+    the floor has shrunk stay small.
+
+    Args:
+        scores_TG: T terms, G members, NaN = missing.
+        weights_T: non-negative.
+        std_floor: in units of the scores.
+        clamp: largest absolute advantage.
+
+    Returns:
+        (G,) float64. NaN for a member without any score: the caller drops it. Exactly 0 where all scores are equal.
+
+    Raises:
+        RewardError: shapes or weights that cannot be used, or infinite scores.
+    """
+    weights = _check(scores_TG, weights_T)
+    standardised_TG = np.stack([_standardise(term_G, std_floor) for term_G in np.asarray(scores_TG, np.float64)])
+    combined_G = _weighted_mean(standardised_TG, weights)
+    return np.clip(_standardise(combined_G, 1.0 if std_floor > 0 else 0.0), -clamp, clamp)
+
+
+def scalar_rewards(scores_TG: Array, weights_T: Array | Sequence[float]) -> Array:
+    """Weighted mean of the raw terms: (G,) float64, NaN for a member without any score; for logs and curves.
+
+    A missing term leaves the mean, so members with different missing terms are not on one scale.
+
+    Raises:
+        RewardError: as :func:`group_advantages`.
+    """
+    return _weighted_mean(np.asarray(scores_TG, np.float64), _check(scores_TG, weights_T))
+
+
+def keep_group(advantages_G: Array, min_group: int) -> DropReason | None:
+    """Why a group cannot be trained on, or None if it can: too few scored members, or all of them equally good."""
+    valid = advantages_G[~np.isnan(advantages_G)]
+    if len(valid) < min_group:
+        return "below_min_group"
+    return "zero_variance" if np.abs(valid).max(initial=0.0) < NO_SIGNAL else None
+
+
+def _check(scores_TG: Array, weights_T: Array | Sequence[float]) -> Array:
+    weights = np.asarray(weights_T, np.float64)
+    scores = np.asarray(scores_TG)
+    if scores.ndim != 2 or not len(scores) or weights.shape != scores.shape[:1]:
+        raise RewardError(
+            f"scores of shape {scores.shape} with weights of shape {weights.shape}; "
+            "pass scores (terms, members), at least one term, and one weight per term"
+        )
+    if not np.all(np.isfinite(weights)) or np.any(weights < 0):
+        raise RewardError(f"weights {weights.tolist()} must be finite and not negative; correct the terms' weights")
+    if np.any(np.isinf(scores)):
+        raise RewardError("scores contain infinities; mark them as missing (NaN), as run_scorer does")
+    return weights
+
+
+def _standardise(values_G: Array, floor: float) -> Array:
+    """(x − mean) / std over the values that are not NaN."""
+    valid = values_G[~np.isnan(values_G)]
+    # Equal values must give exactly 0: rounding of their mean, divided by a std of the same size, would not.
+    if not len(valid) or valid.min() == valid.max():
+        return np.where(np.isnan(values_G), np.nan, 0.0)
+    std = valid.std()
+    return (values_G - valid.mean()) / (max(std, floor) if floor > 0 else std + EPSILON)
+
+
+def _weighted_mean(values_TG: Array, weights_T: Array) -> Array:
+    valid_TG = ~np.isnan(values_TG)
+    total_G = weights_T @ valid_TG
+    sums_G = weights_T @ np.where(valid_TG, values_TG, 0.0)
+    return np.divide(sums_G, total_G, out=np.full(values_TG.shape[1], np.nan), where=total_G > 0)

@@ -1,0 +1,101 @@
+"""Confidence intervals for paired comparisons whose records share photos and objects.
+
+Records made from one photo or one object err together. Resampling records as if they were independent then gives
+intervals that are too narrow.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.errors import DataError
+
+_DRAWS_AT_ONCE = 64  # bounds the weights held in memory at 64 per record
+
+
+def paired_bootstrap(
+    differences_N: Sequence[float] | np.ndarray,
+    photo_groups: Sequence[str | None],
+    object_groups: Sequence[str],
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean and its 95 % percentile interval by the two-way "pigeonhole" bootstrap (Owen 2007, Annals of Applied
+    Statistics 1(2)).
+
+    Photos and objects are resampled with replacement, independently of each other. In a draw a record weighs the
+    product of how often its photo and its object were drawn; a record without a photo only the latter.
+
+    The interval errs on the careful side: noise of single records counts up to three times in the variance. That is
+    negligible where photos or objects recur and their effects dominate, and makes the interval √3 too wide where
+    every record has its own photo and its own object; use :func:`cluster_mean_interval` there. With few clusters
+    (under about 20) it is too narrow, as every percentile bootstrap.
+
+    Args:
+        differences_N: one finite paired difference per record.
+        photo_groups: identity of each record's photo; None where it has none (synthetic background).
+        object_groups: identity of each record's object.
+        draws: number of bootstrap draws.
+        seed: equal seeds give equal intervals.
+
+    Returns:
+        (mean, low, high) in the unit of the differences. low and high are NaN where there is only one photo and one
+        object: one cluster says nothing about others.
+
+    Raises:
+        DataError: no records, lengths that differ, a difference that is not finite, or no object.
+    """
+    differences = np.asarray(differences_N, np.float64)
+    if differences.ndim != 1 or not len(differences):
+        raise DataError(f"bootstrap got differences of shape {differences.shape}; pass one number per record")
+    if len(photo_groups) != len(differences) or len(object_groups) != len(differences):
+        raise DataError(
+            f"bootstrap got {len(differences)} differences, {len(photo_groups)} photos and {len(object_groups)} "
+            "objects; pass one of each per record (None for no photo)"
+        )
+    if not np.all(np.isfinite(differences)):
+        position = int(np.flatnonzero(~np.isfinite(differences))[0])
+        raise DataError(f"difference {position} is {differences[position]}; leave out pairs without both values")
+    if any(name is None for name in object_groups):
+        raise DataError("bootstrap got a record without an object; give every record an object group")
+    if draws < 1:
+        raise DataError(f"bootstrap needs at least one draw, got {draws}; 2000 is usual")
+
+    photos, photo_N = _index([name for name in photo_groups if name is not None])
+    objects, object_N = _index(object_groups)
+    has_photo_N = np.array([name is not None for name in photo_groups])
+    mean = float(differences.mean())
+    if photos <= 1 and objects <= 1:
+        return mean, float("nan"), float("nan")
+
+    rng = np.random.default_rng(seed)
+    means: list[np.ndarray] = []
+    missing = draws
+    while missing > 0:
+        size = min(missing, _DRAWS_AT_ONCE)
+        weights_DN = rng.multinomial(objects, np.full(objects, 1 / objects), size)[:, object_N].astype(np.float64)
+        if photos:
+            weights_DN[:, has_photo_N] *= rng.multinomial(photos, np.full(photos, 1 / photos), size)[:, photo_N]
+        total_D = weights_DN.sum(axis=1)
+        # In sparse designs a draw can miss every record. It has no mean; another takes its place.
+        drawn = total_D > 0
+        means.append((weights_DN[drawn] @ differences) / total_D[drawn])
+        missing -= int(drawn.sum())
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+    return mean, float(low), float(high)
+
+
+def cluster_mean_interval(
+    values_N: Sequence[float] | np.ndarray, groups: Sequence[str], draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean and its 95 % percentile interval by the one-way cluster bootstrap: whole groups are resampled.
+
+    Args, returns and raises as :func:`paired_bootstrap`, of which it is the case without photos.
+    """
+    return paired_bootstrap(values_N, [None] * len(values_N), groups, draws, seed)
+
+
+def _index(names: Sequence[str]) -> tuple[int, np.ndarray]:
+    """Number of distinct names, and for each entry the number of its name."""
+    distinct = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return len(distinct), np.array([distinct[name] for name in names], dtype=np.intp)
