@@ -42,6 +42,8 @@ class ClusterConfig(StrictConfig):
     """Rollout actors."""
     reward: RoleConfig = RoleConfig()
     """Reward actors."""
+    learner_port: int | None = Field(None, ge=1, le=65535)
+    """Rendezvous port of the learner ranks on rank 0's node; None takes a free one."""
     deadline_s: float = Field(900.0, gt=0)
     """Longest wait for any one piece of work."""
 

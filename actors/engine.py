@@ -72,7 +72,7 @@ class Engine:
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            model_parameters=parameters,  # type: ignore[arg-type]
+            model_parameters=parameters,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,

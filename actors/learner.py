@@ -21,7 +21,9 @@ from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, sum_stats
 from actors.waiting import wait_all
-from common.errors import NumericsError
+from common.errors import ClusterError, NumericsError
+from data.records import RecordDataset
+from policy.latents import LatentSums, encode_records, latent_statistics, split_work
 from policy.programs import Program
 from policy.weights import digest, pack
 
@@ -65,11 +67,22 @@ class LearnerRank:
         self._program: Program | None = None
         self._engine: Engine | None = None
 
-    def address(self) -> tuple[str, int]:
-        """This node's IP and a port that is free there now."""
+    def address(self, port: int | None) -> tuple[str, int]:
+        """This node's IP and ``port``, or one that is free there now.
+
+        Raises:
+            ClusterError: the port asked for is in use.
+        """
+        host = ray.util.get_node_ip_address()
         with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+            try:
+                probe.bind(("", port or 0))
+            except OSError as error:
+                raise ClusterError(
+                    f"cluster.learner_port {port} cannot be used on {host} ({error.strerror}); choose another port, "
+                    "or leave it out to take a free one"
+                ) from None
+            return host, probe.getsockname()[1]
 
     def connect(self, address: str, port: int, world: int) -> None:
         """Joins the process group."""
@@ -133,6 +146,10 @@ class LearnerRank:
             assert self._program is not None
             self._program.export(folder, weights)
 
+    def encode(self, model: Path, dataset: Path, work: tuple[list[int], frozenset[str]], out: Path) -> LatentSums:
+        """Encodes this rank's share of the training split (between stages: no engine needed)."""
+        return encode_records(model, RecordDataset(dataset, "train"), *work, out)
+
     def _ready(self) -> Engine:
         if self._engine is None:
             raise RuntimeError("setup() comes first")
@@ -147,7 +164,7 @@ class LearnerGroup:
         role = config.learner
         actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(LearnerRank)
         self._ranks = [actor.remote(rank, role.threads) for rank in range(self.world)]
-        (address, port), *_ = self._all([self._ranks[0].address.remote()], "rank 0 to start")
+        (address, port), *_ = self._all([self._ranks[0].address.remote(config.learner_port)], "rank 0 to start")
         self._all([r.connect.remote(address, port, self.world) for r in self._ranks], "ranks to connect")
         self._optimiser: OptimiserConfig | None = None
         self._steps = 0
@@ -204,6 +221,13 @@ class LearnerGroup:
     def export(self, folder: Path) -> None:
         """Writes the policy folder that the stage hands on."""
         self._each("export", lambda r, _: r.export.remote(folder))
+
+    def encode_split(self, model: Path, dataset: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes the training split into shards under ``out``; returns mean and std of the latents per channel."""
+        work = split_work(RecordDataset(dataset, "train"), self.world)
+        paths = [out / f"latents-{number:05d}.safetensors" for number in range(self.world)]
+        parts = self._each("encode", lambda r, number: r.encode.remote(model, dataset, work[number], paths[number]))
+        return latent_statistics(parts)
 
     def close(self) -> None:
         """Ends the ranks."""

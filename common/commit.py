@@ -164,7 +164,7 @@ def write_atomic(path: Path, text: str) -> None:
 def file_checksum(path: Path) -> str:
     """Hex blake2b-128 of a file's bytes."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -107,7 +107,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
         raise ConfigError(f"{path}: no such config file; name a shipped one (demo, tiny) or a path to YAML") from None
     except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML text ({error})") from None
-    if not OmegaConf.is_dict(loaded):
+    if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: the top level must be a mapping of keys to values")
     base = loaded.pop("base", None)
     if base is None:

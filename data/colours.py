@@ -5,6 +5,7 @@ Arrays here are float32, shape (H, W, 4), in [0, 1], straight alpha.
 
 import numpy as np
 from PIL import Image
+from pymatting import estimate_foreground_ml
 
 _KEPT_ALPHA = 0.25
 """Above this alpha a pixel keeps its own colour; below, the colour fades into its surroundings' colour."""
@@ -22,26 +23,20 @@ def resize_planes(planes_HWC: np.ndarray, width: int, height: int, method: Image
 def fill_colours(rgba_HW4: np.ndarray) -> np.ndarray:
     """Spreads the visible colours smoothly under the transparent pixels; alpha is untouched.
 
-    A pyramid of alpha-weighted means gives each pixel the colour of the nearest visible ones. Thin alpha holds
-    leftovers of the background an object was cut from, so weights are alpha squared and faint pixels are refilled.
-    (pymatting's multilevel estimate does the same; its first import compiles for minutes, this needs none.)
+    The colours come from pymatting's multilevel foreground estimate (Germer et al., arXiv 2006.14970) of the object
+    over black. Thin alpha holds leftovers of the background an object was cut from, so faint pixels take the estimate
+    and solid ones keep their own colour.
     """
     alpha = rgba_HW4[..., 3:]
     if not (alpha > 0).any():
         return np.concatenate([np.full_like(rgba_HW4[..., :3], 0.5), alpha], axis=-1)
-    weight = alpha.astype(np.float32) ** 2
-    levels = [np.concatenate([rgba_HW4[..., :3] * weight, weight], axis=-1).astype(np.float32)]
-    while max(levels[-1].shape[:2]) > 1:
-        fine = levels[-1]
-        fine = np.pad(fine, ((0, fine.shape[0] % 2), (0, fine.shape[1] % 2), (0, 0)))
-        levels.append(fine[::2, ::2] + fine[1::2, ::2] + fine[::2, 1::2] + fine[1::2, 1::2])
-    colour = levels[-1][..., :3] / levels[-1][..., 3:]
-    for level in reversed(levels[:-1]):
-        height, width = level.shape[:2]
-        coarse = resize_planes(colour, colour.shape[1] * 2, colour.shape[0] * 2, Image.Resampling.BILINEAR)
-        colour = (level[..., :3] + 0.05 * coarse[:height, :width]) / (level[..., 3:] + 0.05)
     own = np.clip(alpha / _KEPT_ALPHA, 0, 1)
-    filled = own * rgba_HW4[..., :3] + (1 - own) * colour
+    # The estimate sees only colours it can trust: fainter ones count as absent.
+    trusted = np.where(alpha[..., 0] >= _KEPT_ALPHA, alpha[..., 0], 0) if alpha.max() >= _KEPT_ALPHA else alpha[..., 0]
+    estimate = estimate_foreground_ml(
+        rgba_HW4[..., :3].astype(np.float64) * trusted[..., None], trusted.astype(np.float64)
+    )
+    filled = own * rgba_HW4[..., :3] + (1 - own) * estimate
     return np.concatenate([np.clip(filled, 0, 1), alpha], axis=-1).astype(np.float32)
 
 
@@ -64,16 +59,17 @@ def resize_rgba(rgba_HW4: np.ndarray, width: int, height: int) -> np.ndarray:
     return unpremultiply(resize_planes(premultiply(rgba_HW4), width, height, Image.Resampling.HAMMING))
 
 
-def rotate_rgba(rgba_HW4: np.ndarray, degrees: float) -> np.ndarray:
-    """Rotates premultiplied about the centre, the canvas grows to hold everything."""
-    source = premultiply(rgba_HW4)
+def rotate_planes(planes_HWC: np.ndarray, degrees: float) -> np.ndarray:
+    """Rotates every channel about the centre; the canvas grows to hold everything, new pixels are 0."""
     channels = [
         np.asarray(
-            Image.fromarray(np.ascontiguousarray(source[..., k])).rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+            Image.fromarray(np.ascontiguousarray(planes_HWC[..., k])).rotate(
+                degrees, Image.Resampling.BILINEAR, expand=True
+            )
         )
-        for k in range(4)
+        for k in range(planes_HWC.shape[-1])
     ]
-    return unpremultiply(np.stack(channels, axis=-1))
+    return np.stack(channels, axis=-1)
 
 
 def crop_to_alpha(rgba_HW4: np.ndarray, threshold: float = 0.02) -> np.ndarray:

@@ -38,7 +38,8 @@ def build_schedule(weights: Mapping[str, float], cycle: int = CYCLE) -> tuple[st
     for k in range(max(cycle - sum(counts.values()), 0)):
         counts[by_remainder[k % len(names)]] += 1
     while sum(counts.values()) > cycle:
-        counts[max(names, key=lambda name: (counts[name] - weights[name] / total * cycle, counts[name], name))] -= 1
+        spare = [name for name in names if counts[name] > 1]
+        counts[max(spare, key=lambda name: (counts[name] - weights[name] / total * cycle, name))] -= 1
     places = [((k + 0.5) / counts[name], name) for name in names for k in range(counts[name])]
     return tuple(name for _, name in sorted(places))
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from common.errors import DataError
 from data.captions import group_key
-from data.colours import fill_colours, resize_planes, resize_rgba, rotate_rgba
+from data.colours import crop_to_alpha, premultiply, resize_planes, rotate_planes, unpremultiply
 from data.config import DataConfig
 from data.library import Foreground, Library, Photo
 from data.schema import LayerImage, Record
@@ -85,14 +85,22 @@ def scene_records(library: Library, config: DataConfig, split: str, number: int)
         objects = 2
     scene = draw_scene(library, config, split, number, objects)
     records = []
+    encoded: dict[tuple[str, int], LayerImage] = {}  # the tasks of a scene share most images
     for task in config.tasks:
         if (task == "referring_matting") == (objects == 2):
             rng = np.random.Generator(np.random.PCG64(seed_for(config.seed, "record", split, number, task)))
-            records.append(_record(scene, config, task, f"{split}-{number:06d}-{task}", rng))
+            records.append(_record(scene, config, task, f"{split}-{number:06d}-{task}", rng, encoded))
     return records
 
 
-def _record(scene: Scene, config: DataConfig, name: str, identifier: str, rng: np.random.Generator) -> Record:
+def _record(
+    scene: Scene,
+    config: DataConfig,
+    name: str,
+    identifier: str,
+    rng: np.random.Generator,
+    encoded: dict[tuple[str, int], LayerImage],
+) -> Record:
     task = TASKS[name]
     which = int(rng.integers(len(scene.objects)))
     item, layer = scene.foregrounds[which], scene.objects[which]
@@ -101,6 +109,16 @@ def _record(scene: Scene, config: DataConfig, name: str, identifier: str, rng: n
     images = {"image": scene.composite, "foreground": layer, "background": scene.background}
     if "mask" in task.inputs:
         images["mask"] = rough_mask(layer[..., 3], rng, covering=name == "object_removal")
+    shared = [scene.composite, scene.background, *scene.objects]
+
+    def stored(role: str) -> LayerImage:
+        image = images[role]
+        if not any(image is own for own in shared):
+            return LayerImage.encode(role, image)
+        if (role, id(image)) not in encoded:
+            encoded[role, id(image)] = LayerImage.encode(role, image)
+        return encoded[role, id(image)]
+
     alone = name == "text_to_rgba"
     sources = [f.source for f in scene.foregrounds] + ([] if alone else [scene.photo.source])
     licences = [f.licence for f in scene.foregrounds] + ([] if alone else [scene.photo.licence])
@@ -109,8 +127,8 @@ def _record(scene: Scene, config: DataConfig, name: str, identifier: str, rng: n
         id=identifier,
         task=name,
         prompt=instruction.format(caption=item.name),
-        inputs=tuple(LayerImage.encode(role, images[role]) for role in task.inputs),
-        targets=tuple(LayerImage.encode(role, images[role]) for role in task.targets),
+        inputs=tuple(stored(role) for role in task.inputs),
+        targets=tuple(stored(role) for role in task.targets),
         caption=item.name,
         photo_group="" if alone else scene.photo.group,
         object_groups=tuple(f.group for f in scene.foregrounds),
@@ -172,40 +190,43 @@ def _jitter(colours: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(((colours - 0.5) * contrast + 0.5 + brightness) * balance, 0, 1).astype(np.float32)
 
 
-def _scaled(pixels: np.ndarray, side: float) -> np.ndarray:
-    scale = side / max(pixels.shape[:2])
-    height, width = (max(2, round(length * scale)) for length in pixels.shape[:2])
-    return resize_rgba(pixels, width, height)
-
-
 def _place(
     pixels: np.ndarray, size: int, sides: tuple[float, float], rng: np.random.Generator, slot: int
 ) -> np.ndarray:
     """One object, turned, scaled and put somewhere wholly inside an empty canvas of ``size``."""
+    planes = premultiply(pixels)  # until the end, so that hidden colours never bleed in
     if rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
+        planes = planes[:, ::-1]
     if rng.random() < 0.5:
-        pixels = rotate_rgba(pixels, float(rng.uniform(-15, 15)))
-    pixels = np.concatenate([_jitter(pixels[..., :3], rng), pixels[..., 3:]], axis=-1)
-    pixels = _scaled(pixels, size * rng.uniform(*sides))
-    height, width = pixels.shape[:2]
+        planes = crop_to_alpha(rotate_planes(planes, float(rng.uniform(-15, 15))))
+    planes = _scaled(planes, size * rng.uniform(*sides))
+    height, width = planes.shape[:2]
     top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
     if slot == 1:  # keeps most pairs apart: the second object is drawn towards the free side on the right
         left = max(left, int(rng.integers(size - width + 1)))
-    return _on_canvas(pixels, size, top, left)
+    placed = _on_canvas(planes, size, top, left)
+    return np.concatenate([_jitter(placed[..., :3], rng), placed[..., 3:]], axis=-1)
 
 
 def _centred(pixels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    planes = premultiply(pixels)
     if rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    pixels = _scaled(pixels, size * 0.85)
-    return _on_canvas(pixels, size, (size - pixels.shape[0]) // 2, (size - pixels.shape[1]) // 2)
+        planes = planes[:, ::-1]
+    planes = _scaled(planes, size * 0.85)
+    return _on_canvas(planes, size, (size - planes.shape[0]) // 2, (size - planes.shape[1]) // 2)
 
 
-def _on_canvas(pixels: np.ndarray, size: int, top: int, left: int) -> np.ndarray:
+def _scaled(planes: np.ndarray, side: float) -> np.ndarray:
+    scale = side / max(planes.shape[:2])
+    height, width = (max(2, round(length * scale)) for length in planes.shape[:2])
+    return resize_planes(planes, width, height, Image.Resampling.HAMMING)
+
+
+def _on_canvas(planes: np.ndarray, size: int, top: int, left: int) -> np.ndarray:
+    """Straight alpha, (size, size, 4), with the colours filled in everywhere."""
     canvas = np.zeros((size, size, 4), np.float32)
-    canvas[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-    return fill_colours(canvas)
+    canvas[top : top + planes.shape[0], left : left + planes.shape[1]] = planes
+    return unpremultiply(canvas)
 
 
 def rough_mask(alpha: np.ndarray, rng: np.random.Generator, covering: bool) -> np.ndarray:

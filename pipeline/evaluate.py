@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from actors.reward import Measured, RewardPool
-from actors.rollout import RolloutPool, RolloutSetup
+from actors.rollout import RolloutPool
 from actors.waiting import wait_all
 from common.commit import begin, commit
 from data.records import Record, RecordDataset
@@ -24,13 +24,10 @@ log = logging.getLogger("omnialpha")
 POLICIES = ("sft", "grpo")
 
 
-def run_evaluate(run: Run, rewards: RewardPool) -> None:
+def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
     """Samples, scores and draws; writes results.json, table.md and one grid per task."""
     config, stage = run.config, run.config.evaluate
     folders = {name: run.require(name, wanted_by="eval") / "model" for name in POLICIES}
-    grpo = config.grpo
-    setup = RolloutSetup(folders["grpo"], config.dataset_folder, config.seed, grpo.sampling, grpo.kernel)
-    rollouts = RolloutPool(config.cluster, setup)
     data = RecordDataset(config.dataset_folder, stage.split)
     chosen = {task: [int(i) for i in data.positions(task)[: stage.records]] for task in data.tasks}
     chunks = [
@@ -63,7 +60,6 @@ def run_evaluate(run: Run, rewards: RewardPool) -> None:
     table = render_table(results_json)
     (temporary / "table.md").write_text(table)
     commit(temporary, final, {"step": 0, "config": config.identity_hash()})
-    rollouts.close()
     for task in chosen:
         run.tracker.picture(f"evaluate/{task}", final / f"{task}.png")
     run.events.write("evaluated", **results_json["overall"])
@@ -73,8 +69,13 @@ def run_evaluate(run: Run, rewards: RewardPool) -> None:
     log.info("pictures: %s", final)
 
 
-def scalar(config: RunConfig, entry: Measured) -> float:
-    """Weighted mean of a record's raw reward terms; NaN where it has none."""
+def quantity(config: RunConfig, entry: Measured, label: str) -> float:
+    """One number of an evaluated record by its label: ``reward`` (weighted mean of the raw terms), ``term/<name>`` or a
+    metric's name. NaN where the record has none."""
+    if label.startswith("term/"):
+        return entry.terms.get(label.removeprefix("term/"), float("nan"))
+    if label != "reward":
+        return entry.metrics.get(label, float("nan"))
     if not entry.terms:
         return float("nan")
     weights = {term.name: term.weight for term in config.rewards.terms}
@@ -92,15 +93,13 @@ def summarise(config: RunConfig, records: Sequence[Record], measured: dict[str, 
     for position, record in enumerate(records):
         by_task[record.task].append(position)
     for task, positions in by_task.items():
-        names = list(measured["sft"][positions[0]].terms)
-        columns = [("reward", lambda entry: scalar(config, entry))] if names else []
-        columns += [(f"term/{name}", lambda entry, name=name: entry.terms[name]) for name in names]
+        first = measured["sft"][positions[0]]
         metrics = sorted({key for k in positions for key in measured["sft"][k].metrics})
-        columns += [(name, lambda entry, name=name: entry.metrics.get(name, float("nan"))) for name in metrics]
-        for label, value in columns:
-            rows.append({"task": task, "quantity": label} | _compare(config, records, measured, positions, value))
+        labels = [*(["reward"] if first.terms else []), *(f"term/{name}" for name in first.terms), *metrics]
+        for label in labels:
+            rows.append({"task": task, "quantity": label} | _compare(config, records, measured, positions, label))
     judged = [k for k, record in enumerate(records) if config.grpo.tasks.get(record.task, 0) > 0]
-    overall = _compare(config, records, measured, judged, lambda entry: scalar(config, entry))
+    overall = _compare(config, records, measured, judged, "reward")
     return {
         "split": config.evaluate.split,
         "records": {task: len(positions) for task, positions in by_task.items()},
@@ -115,13 +114,15 @@ def _compare(
     records: Sequence[Record],
     measured: dict[str, list[Measured]],
     positions: Sequence[int],
-    value: Any,
+    label: str,
 ) -> dict[str, float | int]:
-    pairs = np.array([[value(measured[name][k]) for name in POLICIES] for k in positions], dtype=np.float64)
-    valid = np.isfinite(pairs).all(axis=1)
+    pairs = np.array(
+        [[quantity(config, measured[name][k], label) for name in POLICIES] for k in positions], dtype=np.float64
+    )
+    valid = np.asarray(np.isfinite(pairs).all(axis=1))
     if not valid.any():
         return {"sft": float("nan"), "grpo": float("nan"), "difference": float("nan"), "n": 0}
-    pairs, kept = pairs[valid], [k for k, good in zip(positions, valid, strict=True) if good]
+    pairs, kept = pairs[valid], [k for k, good in zip(positions, valid.tolist(), strict=True) if good]
     mean, low, high = paired_bootstrap(
         pairs[:, 1] - pairs[:, 0],
         [records[k].photo_group or None for k in kept],

@@ -18,7 +18,7 @@ import numpy as np
 from actors.engine import EngineConfig
 from actors.learner import Item, LearnerGroup
 from actors.reward import GroupScores, RewardPool, active_terms
-from actors.rollout import Group, RolloutPool, RolloutSetup
+from actors.rollout import Group, RolloutPool
 from actors.waiting import wait_all
 from common.errors import NumericsError, RewardError
 from pipeline.run import Progress, Run
@@ -30,7 +30,7 @@ from rewards.combine import RewardConfig, group_advantages, keep_group, scalar_r
 log = logging.getLogger("omnialpha")
 
 
-def run_grpo(run: Run, learner: LearnerGroup, rewards: RewardPool) -> None:
+def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: RewardPool) -> None:
     """Trains the SFT policy with rewards of its decoded layers."""
     config, stage = run.config, run.config.grpo
     policy = run.require("sft", wanted_by="grpo") / "model"
@@ -39,8 +39,6 @@ def run_grpo(run: Run, learner: LearnerGroup, rewards: RewardPool) -> None:
     learner.setup(make, stage.optimiser, EngineConfig(zero_stage=stage.zero_stage), stage.steps)
     progress = Progress(run, "grpo", stage.steps, stage.commit_every)
     start = progress.resume(learner.restore)
-    setup = RolloutSetup(policy, config.dataset_folder, config.seed, stage.sampling, stage.kernel, stage.share_noise)
-    rollouts = RolloutPool(config.cluster, setup)
     rollouts.publish(start, *learner.publish())
     empty = 0
     for step in range(start, stage.steps):
@@ -71,7 +69,6 @@ def run_grpo(run: Run, learner: LearnerGroup, rewards: RewardPool) -> None:
             wait_all([rewards.draw_group(path, groups[0].pixels)], "a picture", config.cluster.deadline_s)
             run.tracker.picture("grpo/group", path)
         progress.after_step(step + 1, learner.save, {"version": step + 1, "position": (step + 1) * stage.prompts})
-    rollouts.close()
     progress.finish(lambda folder: learner.export(folder / "model"), {"version": stage.steps})
 
 
@@ -103,7 +100,9 @@ class TrainingBatch:
 
 def select(scored: Sequence[Scored], config: RewardConfig) -> TrainingBatch:
     """Turns scores into advantages and decides which groups are trained on. Pure."""
-    items, trained, dropped = [], [], {}
+    items: list[Item] = []
+    trained: list[str] = []
+    dropped: dict[str, str] = {}
     values: dict[str, list[float]] = defaultdict(list)
     spreads, missing = [], 0
     for group, meta, result in scored:

@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
 from actors.cluster import connected
 from actors.learner import LearnerGroup
 from actors.reward import RewardPool
+from actors.rollout import RolloutPool, RolloutSetup
 from data.build import build_dataset
 from pipeline.config import RunConfig
 from pipeline.evaluate import run_evaluate
@@ -40,28 +42,44 @@ def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
         run.close()
 
 
+class Actors:
+    """The run's actors, each role started when a stage first needs it and kept for the next one."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._config = run, run.config
+
+    @cached_property
+    def learner(self) -> LearnerGroup:
+        return LearnerGroup(self._config.cluster)
+
+    @cached_property
+    def rewards(self) -> RewardPool:
+        return RewardPool(self._config.cluster, self._config.rewards)
+
+    @cached_property
+    def rollouts(self) -> RolloutPool:
+        policy, grpo = self._run.require("sft", wanted_by="grpo") / "model", self._config.grpo
+        setup = RolloutSetup(
+            policy, self._config.dataset_folder, self._config.seed, grpo.sampling, grpo.kernel, grpo.share_noise
+        )
+        return RolloutPool(self._config.cluster, setup)
+
+
 def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
-    config = run.config
-    with connected(config.cluster):
-        learner = LearnerGroup(config.cluster) if {"vae", "sft", "grpo"} & set(todo) else None
-        rewards = RewardPool(config.cluster, config.rewards) if {"grpo", "evaluate"} & set(todo) else None
+    with connected(run.config.cluster):
+        actors = Actors(run)
         for stage in todo:
             began = time.monotonic()
             run.events.write("stage_started", stage=stage)
             match stage:
                 case "vae":
-                    assert learner is not None
-                    run_vae(run, learner)
+                    run_vae(run, actors.learner)
                 case "sft":
-                    assert learner is not None
-                    run_sft(run, learner)
+                    run_sft(run, actors.learner)
                 case "grpo":
-                    assert learner is not None
-                    assert rewards is not None
-                    run_grpo(run, learner, rewards)
+                    run_grpo(run, actors.learner, actors.rollouts, actors.rewards)
                 case "evaluate":
-                    assert rewards is not None
-                    run_evaluate(run, rewards)
+                    run_evaluate(run, actors.rollouts, actors.rewards)
             seconds = time.monotonic() - began
             run.events.write("stage_seconds", stage=stage, seconds=round(seconds, 1))
             log.info("%s: done in %.0f s", stage, seconds)

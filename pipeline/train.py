@@ -5,7 +5,6 @@ import logging
 import time
 from pathlib import Path
 
-from actors.encode import encode_split
 from actors.engine import EngineConfig
 from actors.learner import Item, LearnerGroup
 from data.records import RecordDataset
@@ -31,7 +30,7 @@ def run_vae(run: Run, learner: LearnerGroup) -> None:
         learner.export(folder / "model")
         (folder / "latents").mkdir()
         log.info("vae: encoding the training split")
-        mean_C, std_C = encode_split(config.cluster, folder / "model", dataset, folder / "latents")
+        mean_C, std_C = learner.encode_split(folder / "model", dataset, folder / "latents")
         vae = load_vae(folder / "model")
         set_latent_statistics(vae, mean_C, std_C)
         save_vae(folder / "model", vae)

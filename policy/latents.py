@@ -5,7 +5,8 @@ the pixel digest of each row. The same image in several records is stored once.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common.errors import CheckpointError
+from data.records import RecordDataset
+from policy.folder import load_vae
+
+ENCODE_BATCH = 64
 
 
 def write_latent_shard(path: Path, latents: Mapping[str, torch.Tensor]) -> None:
@@ -55,3 +60,60 @@ class LatentCache:
         if not rows:
             return torch.zeros(0, *next(iter(self._rows.values())).shape)
         return (torch.stack(rows).float() - self._mean) / self._std
+
+
+@dataclass(frozen=True)
+class LatentSums:
+    """Channel statistics of a share of the latents, additive over shares."""
+
+    count: int
+    sum_C: torch.Tensor
+    square_C: torch.Tensor
+
+
+def split_work(data: RecordDataset, workers: int) -> list[tuple[list[int], frozenset[str]]]:
+    """Per worker: the records to read and the pixel digests to encode. Every distinct image has one owner."""
+    owner: dict[str, int] = {}
+    indices: list[list[int]] = [[] for _ in range(workers)]
+    for index in range(len(data)):
+        digests = data.digests(index)
+        for digest in digests:
+            owner.setdefault(digest, index * workers // len(data))
+        for worker in sorted({owner[digest] for digest in digests}):
+            indices[worker].append(index)
+    return [(share, frozenset(d for d, w in owner.items() if w == k)) for k, share in enumerate(indices)]
+
+
+def encode_records(
+    model: Path, data: RecordDataset, indices: Sequence[int], owned: frozenset[str], out: Path
+) -> LatentSums:
+    """Encodes the owned images of some records into the shard ``out``."""
+    vae = load_vae(model).eval()
+    latents: dict[str, torch.Tensor] = {}
+    waiting: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        with torch.no_grad():
+            means = vae.encode(torch.stack(list(waiting.values())) * 2 - 1).latent_dist.mean
+        latents.update(zip(waiting, means.to(torch.float16), strict=True))
+        waiting.clear()
+
+    for index in indices:
+        sample = data.record(index).decode()
+        for digest, image in zip(data.digests(index), [*sample.inputs, *sample.targets_LCHW], strict=True):
+            if digest in owned and digest not in latents:
+                waiting[digest] = image
+        if len(waiting) >= ENCODE_BATCH:
+            flush()
+    if waiting:
+        flush()
+    write_latent_shard(out, latents)
+    stacked = torch.stack(list(latents.values())).double()
+    return LatentSums(len(latents), stacked.mean((2, 3)).sum(0), (stacked**2).mean((2, 3)).sum(0))
+
+
+def latent_statistics(parts: Sequence[LatentSums]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation per channel over all shares."""
+    count = sum(part.count for part in parts)
+    mean_C = torch.stack([part.sum_C for part in parts]).sum(0) / count
+    return mean_C, (torch.stack([part.square_C for part in parts]).sum(0) / count - mean_C**2).sqrt()

@@ -27,7 +27,7 @@ def digest(state: Mapping[str, torch.Tensor]) -> str:
     total = hashlib.blake2b(digest_size=8)
     for name in sorted(state):
         tensor = state[name]
-        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{zlib.crc32(_bytes(tensor))}\n".encode())
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{zlib.crc32(_bytes(tensor).data)}\n".encode())
     return total.hexdigest()
 
 

@@ -121,7 +121,7 @@ def scorer_needs(scorer: Scorer) -> frozenset[str]:
         )
     declared = getattr(scorer, "needs", ())
     hint = f"write for example needs = {{'targets'}}, out of {', '.join(sorted(NEEDS))}"
-    if isinstance(declared, str) or not isinstance(declared, (set, frozenset, list, tuple)):
+    if not isinstance(declared, (set, frozenset, list, tuple)):
         raise RewardError(f"needs of {scorer!r} is {declared!r}, not a set; {hint}")
     if unknown := [need for need in declared if need not in NEEDS]:
         raise RewardError(f"needs of {scorer!r} names {unknown[0]!r}, which no batch has; {hint}")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from data.captions import from_sentence, from_stem, group_key, with_article
-from data.colours import crop_to_alpha, fill_colours, resize_rgba, rotate_rgba
+from data.colours import crop_to_alpha, fill_colours, premultiply, resize_rgba, rotate_planes, unpremultiply
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,9 @@ def test_an_invisible_image_is_filled_with_grey():
     assert (fill_colours(np.zeros((5, 7, 4), np.float32))[..., :3] == 0.5).all()
 
 
-@pytest.mark.parametrize("change", [lambda p: resize_rgba(p, 17, 23), lambda p: rotate_rgba(p, 13.0)])
+@pytest.mark.parametrize(
+    "change", [lambda p: resize_rgba(p, 17, 23), lambda p: unpremultiply(rotate_planes(premultiply(p), 13.0))]
+)
 def test_resizing_and_turning_bring_no_fringe(change):
     result = change(blob())
     assert np.abs(result[..., :3] - [0.9, 0.2, 0.4]).max() < 0.02

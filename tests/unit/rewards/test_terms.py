@@ -147,12 +147,12 @@ def test_the_boundary_radius_scales_with_the_image_and_is_at_least_one(size, rad
 
 
 def test_the_soft_band_includes_both_its_ends(make_batch):
-    # At exactly 0.05 and 0.95 (as float32) the band is not empty, so that the error counts.
-    layers, targets = torch.ones(2, 1, 4, 12, 12), torch.ones(1, 4, 12, 12)
-    targets[:, 3] = 0.0
-    layers[0, :, 3], layers[1, :, 3] = 0.95, 0.9501
-    batch = make_batch(members=2, roles=("foreground",), layers_GLCHW=layers, targets_LCHW=targets)
-    assert BoundaryAccuracy().score(batch).tolist() == pytest.approx([0.05, 1.0], abs=1e-6)
+    # A uniform alpha against a clear truth: inside the band the error is alpha itself, outside there is no band.
+    values = torch.tensor([0.0499, 0.05, 0.95, 0.9501])
+    layers, targets = torch.ones(4, 1, 4, 12, 12), torch.ones(1, 4, 12, 12)
+    layers[:, :, 3], targets[:, 3] = values.reshape(4, 1, 1, 1), 0.0
+    batch = make_batch(roles=("foreground",), layers_GLCHW=layers, targets_LCHW=targets)
+    assert BoundaryAccuracy().score(batch).tolist() == pytest.approx([1.0, 0.95, 0.05, 1.0], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["layer", "composition", "boundary"])

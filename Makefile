@@ -1,0 +1,41 @@
+# make demo    the whole system on real data: VAE, SFT, GRPO, evaluation (about half an hour on two cores)
+# make test    every test, with one tiny run of the whole loop
+# make setup   what both need, in .venv; quick when it is there
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_ARGS ?=
+
+.PHONY: setup demo test lint types tools clean
+
+setup: $(VENV)/.complete
+
+tools:
+	@sh deploy/check-tools.sh $(PYTHON)
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	@sh deploy/check-tools.sh $(PYTHON)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch alone first: a range that admits a newer release would bring gigabytes of CUDA packages to a CPU machine.
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	# Both compile on first use; doing it here keeps it out of the first run.
+	$(BIN)/python -c 'import pymatting'
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python deploy/build_ops.py
+	touch $@
+
+demo: setup
+	$(BIN)/omnialpha run demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests: a real dataset and a real Ray cluster, each made once."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.build import build_dataset
+from data.config import DataConfig
+from data.sources import default_cache, locked
+
+torch.set_num_threads(1)  # xdist runs one process per core
+os.environ.setdefault("WANDB_SILENT", "true")
+
+TINY_DATA = DataConfig(
+    size=32, train_scenes=12, val_scenes=4, test_scenes=6, max_foregrounds_per_source=60, workers=1
+)
+
+
+@pytest.fixture(scope="session")
+def real_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dataset composed from the real sources (downloaded once into the cache), shared by all workers."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
+    folder = shared / "real-dataset"
+    with locked(shared / "real-dataset.lock"):
+        build_dataset(TINY_DATA, folder, default_cache())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster of this process's own, with more logical CPUs than the machine may have."""
+    from actors.cluster import ClusterConfig, connected
+
+    with connected(ClusterConfig(cpus=8, object_store_mib=256)):
+        yield

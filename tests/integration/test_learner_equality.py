@@ -1,0 +1,127 @@
+"""The distributed learner takes the very steps that a plain torch loop takes on the same groups."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.cluster import ClusterConfig, RoleConfig
+from actors.engine import EngineConfig, OptimiserConfig
+from actors.learner import Item, LearnerGroup
+from policy.folder import load_transformer
+from policy.programs import make_grpo_program
+from policy.weights import load_packed
+from tests.integration.policies import (
+    KERNEL,
+    OBJECTIVE,
+    SAMPLING,
+    plain_torch_weights,
+    relative_change,
+    rolled_out,
+    write_policy,
+)
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+LR = 1e-3
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return write_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def steps(policy, real_dataset):
+    """Five optimiser steps with ragged numbers of groups."""
+    groups = rolled_out(policy, real_dataset, groups=6)
+    return [groups[:3], groups[3:], groups[1:3], groups[2:6], groups[:5]]
+
+
+@pytest.fixture(scope="module")
+def reference(policy, steps):
+    return plain_torch_weights(policy, steps, LR)
+
+
+@pytest.fixture(scope="module")
+def learners(ray_cluster):
+    """Learner groups by number of ranks, started once."""
+    started: dict[int, LearnerGroup] = {}
+
+    def get(ranks: int) -> LearnerGroup:
+        if ranks not in started:
+            started[ranks] = LearnerGroup(ClusterConfig(learner=RoleConfig(actors=ranks, cpus=0.5), deadline_s=240))
+        return started[ranks]
+
+    yield get
+    for learner in started.values():
+        learner.close()
+
+
+def items(groups) -> list[Item]:
+    return [
+        Item(ray.put(trajectory), count=advantages.size * 2, cost=trajectory.inputs_NCHW.size, calls=2, extra=advantages)
+        for trajectory, advantages in groups
+    ]
+
+
+def train(learner: LearnerGroup, policy: Path, steps, stage: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    make = functools.partial(make_grpo_program, policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas())
+    learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=stage), len(steps))
+    records = [learner.train(number, items(groups)) for number, groups in enumerate(steps)]
+    name, index, buffer = learner.publish()
+    model = load_transformer(policy)
+    assert load_packed(model, index, ray.get(buffer)) == name
+    return dict(model.state_dict()), records
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_ranks_move_the_weights_as_plain_torch_does(learners, policy, steps, reference, ranks, stage):
+    before, after = reference
+    weights, records = train(learners(ranks), policy, steps, stage)
+    assert relative_change(before, weights, after) <= 1e-3
+    assert records[0]["max_ratio_error"] == 0.0  # the replay of the rollout's own policy is exact
+    assert records[1]["max_ratio_error"] > 0.0  # and is not once the policy has moved
+
+
+def test_one_rank_and_two_move_the_weights_alike(learners, policy, steps, reference):
+    before, _ = reference
+    one, _ = train(learners(1), policy, steps, 1)
+    two, _ = train(learners(2), policy, steps, 1)
+    assert relative_change(before, two, one) <= 1e-3
+
+
+def test_a_dropped_micro_batch_would_be_noticed(learners, policy, steps, reference):
+    """The same comparison fails when one group of one step loses its last micro-batch."""
+    before, after = reference
+    trajectory, advantages = steps[0][0]
+    broken = trajectory.__class__(**{**trajectory.__dict__, "steps": trajectory.steps[:-1]})
+    dropped = [[(broken, advantages), *steps[0][1:]], *steps[1:]]
+    weights, _ = train(learners(2), policy, dropped, 1)
+    assert relative_change(before, weights, after) > 1e-2
+
+
+def test_ranks_without_work_take_part_with_weight_zero(learners, policy, steps, reference):
+    single = [groups[:1] for groups in steps]
+    before, after = plain_torch_weights(policy, single, LR)
+    weights, _ = train(learners(2), policy, single, 1)
+    assert relative_change(before, weights, after) <= 1e-3
+
+
+def test_a_member_without_score_is_left_out_of_loss_and_count(learners, policy, steps):
+    trajectory, advantages = steps[0][0]
+    marked = advantages.copy()
+    marked[1] = np.nan
+    before, after = plain_torch_weights(policy, [[(trajectory, marked)]], LR)
+    make = functools.partial(make_grpo_program, policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas())
+    learner = learners(1)
+    learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
+    learner.train(0, [Item(ray.put(trajectory), count=4, cost=1.0, calls=2, extra=marked)])
+    _, index, buffer = learner.publish()
+    model = load_transformer(policy)
+    load_packed(model, index, ray.get(buffer))
+    assert relative_change(before, dict(model.state_dict()), after) <= 1e-3

@@ -1,0 +1,191 @@
+import math
+
+import derivations
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from policy.kernels import KernelConfig, ode_step, transition
+from policy.schedule import ScheduleConfig
+
+KERNELS = ("flow_sde", "dance", "cps")
+ETA = {"flow_sde": 0.7, "dance": 0.3, "cps": 0.8}
+SCHEDULE = ScheduleConfig(steps=10, shift=3.0).sigmas()
+STEPS = {
+    "first (σ = 1)": (SCHEDULE[0], SCHEDULE[1]),
+    "second": (SCHEDULE[1], SCHEDULE[2]),
+    "middle": (SCHEDULE[5], SCHEDULE[6]),
+    "last stochastic": (SCHEDULE[8], SCHEDULE[9]),
+}
+SHAPE = (3, 2, 4, 6, 6)
+
+noise_levels = st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)).map(sorted).filter(lambda p: p[1] - p[0] > 1e-3)
+
+
+def batch(seed=0):
+    random = np.random.default_rng(seed)
+    return random.normal(size=SHAPE), random.normal(size=SHAPE), random.normal(size=SHAPE)
+
+
+def star(sigma, sigma_1=SCHEDULE[1]):
+    return sigma_1 if sigma == 1 else sigma
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("sigma", "sigma_next"), STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_mean_scale_and_log_prob_equal_the_papers_formulas(name, sigma, sigma_next, dtype, tolerance):
+    x, v, epsilon = (torch.tensor(part, dtype=dtype) for part in batch())
+    move = transition(KernelConfig(name=name, eta=ETA[name]), x, v, sigma, sigma_next, SCHEDULE[1])
+    mean, scale = derivations.kernel_step(
+        name, x.double().numpy(), v.double().numpy(), sigma, sigma_next, star(sigma), ETA[name]
+    )
+    assert move.mean.dtype == dtype
+    assert np.abs(move.mean.double().numpy() - mean).max() <= tolerance * np.abs(mean).max()
+    assert move.scale == pytest.approx(scale, rel=1e-12)
+    following = move.mean + move.scale * epsilon
+    expected = [derivations.log_prob(name, row, m, scale) for row, m in zip(following.double().numpy(), mean)]  # noqa: B905
+    assert move.log_prob(following).shape == (3,)
+    assert move.log_prob(following).tolist() == pytest.approx(expected, abs=tolerance, rel=tolerance)
+
+
+@pytest.mark.parametrize("row", derivations.PEERS_ROWS, ids=lambda row: f"{row[0]} {row[2]}→{row[3]}")
+def test_the_derivation_reproduces_the_numbers_published_by_the_peers(row):
+    name, eta, sigma, sigma_next, sigma_star, mean, scale, log_prob = row
+    x, v, epsilon = derivations.PEERS_X, derivations.PEERS_V, derivations.PEERS_EPSILON
+    got_mean, got_scale = derivations.kernel_step(name, x, v, sigma, sigma_next, sigma_star, eta)
+    assert got_mean == pytest.approx(mean, abs=5.1e-8)
+    assert got_scale == pytest.approx(scale, abs=1e-14)
+    assert derivations.log_prob(name, got_mean + got_scale * epsilon, got_mean, got_scale) == pytest.approx(
+        log_prob, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in derivations.PEERS_ROWS if row[3] > 0], ids=lambda row: f"{row[0]} {row[2]}→{row[3]}"
+)
+def test_the_kernels_reproduce_the_numbers_published_by_the_peers(row):
+    name, eta, sigma, sigma_next, sigma_star, mean, scale, log_prob = row
+    x, v, epsilon = (
+        torch.tensor(part)[None] for part in (derivations.PEERS_X, derivations.PEERS_V, derivations.PEERS_EPSILON)
+    )
+    move = transition(KernelConfig(name=name, eta=eta), x, v, sigma, sigma_next, sigma_star or 0.75)
+    assert move.mean[0].tolist() == pytest.approx(mean, abs=5.1e-8)
+    assert move.scale == pytest.approx(scale, abs=1e-14)
+    assert float(move.log_prob(move.mean + move.scale * epsilon)) == pytest.approx(log_prob, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_half_precision_inputs_are_computed_in_float32(name):
+    x, v, epsilon = (torch.tensor(part).bfloat16() for part in batch(1))
+    move = transition(KernelConfig(name=name, eta=ETA[name]), x, v, *STEPS["middle"], SCHEDULE[1])
+    mean, scale = derivations.kernel_step(
+        name, x.double().numpy(), v.double().numpy(), *STEPS["middle"], STEPS["middle"][0], ETA[name]
+    )
+    assert move.mean.dtype == torch.float32
+    assert np.abs(move.mean.numpy() - mean).max() <= 1e-6 * np.abs(mean).max()
+    expected = [derivations.log_prob(name, e, m, scale) for e, m in zip(epsilon.double().numpy(), mean, strict=True)]
+    assert move.log_prob(epsilon).tolist() == pytest.approx(expected, abs=1e-6, rel=1e-6)
+
+
+def test_the_first_step_takes_its_noise_from_the_schedules_second_level():
+    x, v, _ = (torch.tensor(part) for part in batch(2))
+    near = transition(KernelConfig(eta=0.7), x, v, 1.0, 0.9, 0.9)
+    far = transition(KernelConfig(eta=0.7), x, v, 1.0, 0.9, 0.75)
+    assert near.scale == pytest.approx(0.7 * math.sqrt(1 / 0.1) * math.sqrt(0.1))
+    assert far.scale == pytest.approx(0.7 * math.sqrt(1 / 0.25) * math.sqrt(0.1))
+    later = [transition(KernelConfig(eta=0.7), x, v, 0.9, 0.8, sigma_1) for sigma_1 in (0.9, 0.5)]
+    assert later[0].scale == later[1].scale
+    assert torch.equal(later[0].mean, later[1].mean)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_step_to_zero_is_refused_because_it_is_always_an_ode_step(name):
+    x = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="last step of a schedule is an ODE step"):
+        transition(KernelConfig(name=name, eta=0.5), x, x, 0.25, 0.0, 0.75)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@given(levels=noise_levels, seed=st.integers(0, 2**32))
+def test_without_noise_every_kernel_is_the_euler_step(name, levels, seed):
+    sigma_next, sigma = levels
+    random = np.random.default_rng(seed)
+    x, v = torch.tensor(random.normal(size=(2, 7))), torch.tensor(random.normal(size=(2, 7)))
+    expected = derivations.euler(x.numpy(), v.numpy(), sigma, sigma_next)
+    # At η = 1e-6 the drift is off by O(η²/(1−σ*)), and the schedule keeps σ* away from 1.
+    move = transition(KernelConfig(name=name, eta=1e-6), x, v, sigma, sigma_next, min(sigma, 0.95))
+    if sigma < 0.99 or sigma == 1 or name != "flow_sde":
+        assert move.mean.numpy() == pytest.approx(expected, abs=1e-8)
+        assert move.scale < 2e-5
+    assert ode_step(x, v, sigma, sigma_next).numpy() == pytest.approx(expected, abs=1e-12)
+
+
+@given(levels=noise_levels, eta=st.floats(0.001, 1.0))
+def test_cps_gives_the_next_state_exactly_the_variance_of_the_flow_at_its_level(levels, eta):
+    sigma_next, sigma = levels
+    # Two samples: clean end 1 and noise end 0, then the other way round. The means are the coefficients of the ends.
+    x0, x1 = torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    move = transition(
+        KernelConfig(name="cps", eta=eta), (1 - sigma) * x0 + sigma * x1, x1 - x0, sigma, sigma_next, 0.75
+    )
+    of_clean, of_noise = move.mean[:, 0].tolist()
+    assert of_clean == pytest.approx(1 - sigma_next, abs=1e-12)
+    assert of_clean**2 + of_noise**2 + move.scale**2 == pytest.approx((1 - sigma_next) ** 2 + sigma_next**2, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@given(levels=noise_levels, seed=st.integers(0, 2**32), size=st.floats(1e-3, 10.0))
+def test_the_mean_is_the_likeliest_next_state(name, levels, seed, size):
+    sigma_next, sigma = levels
+    random = np.random.default_rng(seed)
+    x, v, away = (torch.tensor(random.normal(size=(2, 5))) for _ in range(3))
+    move = transition(KernelConfig(name=name, eta=ETA[name]), x, v, sigma, sigma_next, min(sigma, 0.95))
+    best = move.log_prob(move.mean)
+    assert bool((move.log_prob(move.mean + size * away) < best).all())
+    assert bool((move.log_prob(move.mean - size * away) < best).all())
+
+
+@given(levels=noise_levels, eta=st.floats(0.05, 1.5), seed=st.integers(0, 2**32))
+def test_dance_is_the_flow_sde_with_a_constant_noise_level(levels, eta, seed):
+    sigma_next, sigma = levels
+    sigma = min(sigma, 0.97)
+    if sigma - sigma_next < 1e-3:
+        return
+    random = np.random.default_rng(seed)
+    x, v = torch.tensor(random.normal(size=(1, 5))), torch.tensor(random.normal(size=(1, 5)))
+    dance = transition(KernelConfig(name="dance", eta=eta), x, v, sigma, sigma_next, 0.75)
+    flow = transition(
+        KernelConfig(name="flow_sde", eta=eta / math.sqrt(sigma / (1 - sigma))), x, v, sigma, sigma_next, 0.75
+    )
+    assert dance.mean.numpy() == pytest.approx(flow.mean.numpy(), abs=1e-9)
+    assert dance.scale == pytest.approx(flow.scale, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_each_sample_of_a_batch_has_its_own_log_prob(name):
+    x, v, epsilon = (torch.tensor(part) for part in batch(3))
+    config, levels = KernelConfig(name=name, eta=ETA[name]), (*STEPS["middle"], SCHEDULE[1])
+    together = transition(config, x, v, *levels).log_prob(epsilon)
+    alone = [float(transition(config, x[k : k + 1], v[k : k + 1], *levels).log_prob(epsilon[k : k + 1])) for k in (0, 1, 2)]
+    assert together.tolist() == pytest.approx(alone, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_log_prob_carries_gradient_to_the_velocity(name):
+    x, v, epsilon = (torch.tensor(part) for part in batch(4))
+    v.requires_grad_()
+    transition(KernelConfig(name=name, eta=ETA[name]), x, v, *STEPS["middle"], SCHEDULE[1]).log_prob(epsilon).sum().backward()
+    assert v.grad is not None
+    assert float(v.grad.abs().min()) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "eta"), [("flow_sde", 0.0), ("dance", -0.1), ("cps", 0.0), ("cps", 1.01), ("flow_sde", float("nan"))]
+)
+def test_a_noise_level_that_does_not_fit_the_kernel_is_refused(name, eta):
+    with pytest.raises(ValidationError, match="eta"):
+        KernelConfig(name=name, eta=eta)

@@ -1,0 +1,39 @@
+"""Networks small enough for the tests, with weights at which every path matters."""
+
+import torch
+from torch import Tensor, nn
+
+from policy.dit import DitConfig, build_dit
+from policy.sampling import Condition
+from policy.vae import VaeConfig, build_vae, set_latent_statistics
+
+CHANNELS, TEXT = 4, 16
+DIT = DitConfig(layers=2, heads=2, head_dim=12, rope_axes=(4, 4, 4))
+VAE = VaeConfig(channels=(8, 16), latent_channels=CHANNELS, norm_groups=4)
+
+
+def live_dit(seed: int = 0, text_dim: int = TEXT) -> nn.Module:
+    """A transformer away from its initialisation, which would give zero velocity."""
+    model = build_dit(DIT, CHANNELS, text_dim, seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return model
+
+
+def measured_vae(seed: int = 0) -> nn.Module:
+    """A VAE with latent statistics."""
+    vae = build_vae(VAE, seed)
+    set_latent_statistics(vae, torch.linspace(-0.5, 0.5, CHANNELS), torch.linspace(0.5, 2.0, CHANNELS))
+    return vae
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers of a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def make_condition(batch: int, inputs: int = 1, size: int = 4, tokens: int = 5, seed: int = 90) -> Condition:
+    """Random condition images and text."""
+    return Condition(normal(batch, inputs, CHANNELS, size, size, seed=seed), normal(batch, tokens, TEXT, seed=seed + 1))
