@@ -108,9 +108,9 @@ class Run:
                 f"stage '{wanted_by}' needs the result of '{stage}': {error}; run `omnialpha {stage}` with this config"
             ) from None
 
-    def record(self, stage: str, step: int, steps: int, line: str, values: dict[str, Any]) -> None:
-        """One step: a line on the terminal, an event, a wandb row."""
-        log.info("%-4s %4d/%d  %s", stage, step, steps, line)
+    def record(self, stage: str, step: int, steps: int, line: str, values: dict[str, Any], show: bool = True) -> None:
+        """One step: an event, a wandb row and, where ``show``, a line on the terminal (the log has all of them)."""
+        log.log(logging.INFO if show else logging.DEBUG, "%-4s %4d/%d  %s", stage, step, steps, line)
         self.events.write("step", stage=stage, step=step, **values)
         self.tracker.log(stage, step, values)
 

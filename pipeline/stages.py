@@ -10,6 +10,7 @@ from actors.learner import LearnerGroup
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
 from data.build import build_dataset
+from data.records import RecordDataset
 from pipeline.config import RunConfig
 from pipeline.evaluate import run_evaluate
 from pipeline.grpo import run_grpo
@@ -19,6 +20,8 @@ from pipeline.train import run_sft, run_vae
 log = logging.getLogger("omnialpha")
 
 STAGES = ("vae", "sft", "grpo", "evaluate")
+NEEDS = {"vae": (), "sft": ("vae",), "grpo": ("sft",), "evaluate": ("sft", "grpo")}
+"""Stages whose results a stage starts from."""
 
 
 def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
@@ -31,6 +34,10 @@ def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
                 if stage not in todo:
                     log.info("%s: done, skipped", stage)
             if todo:
+                for stage in todo:
+                    for needed in NEEDS[stage]:
+                        if needed not in todo:
+                            run.require(needed, wanted_by=stage)
                 ensure_dataset(config)
                 _run_on_cluster(run, todo)
         log.info("run folder: %s", run.folder)
@@ -86,6 +93,12 @@ def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
 
 
 def ensure_dataset(config: RunConfig) -> None:
-    """Builds the run's dataset unless the config names one that exists."""
+    """Builds the run's dataset unless the config names one, and opens it, before any actor starts.
+
+    Raises:
+        DataError: the dataset is missing or damaged; names the file.
+    """
     if config.dataset is None:
         build_dataset(config.data, config.dataset_folder, progress=log.info)
+    for split in ("train", config.evaluate.split):
+        RecordDataset(config.dataset_folder, split)

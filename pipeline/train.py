@@ -19,6 +19,9 @@ from policy.vae import set_latent_statistics
 
 log = logging.getLogger("omnialpha")
 
+SHOW_EVERY_S = 2.0
+"""Steps of these stages take fractions of a second; the terminal shows some of them, the log all."""
+
 
 def run_vae(run: Run, learner: LearnerGroup) -> None:
     """Trains the VAE, measures its latents and encodes the training split."""
@@ -66,15 +69,15 @@ def _train(run: Run, stage: str, config: BatchedConfig, learner: LearnerGroup, m
             draw = sampler.draw(position, config.micro_batch)
             items.append(Item(Batch(position, draw), count=config.micro_batch, cost=get_task(draw.task).images))
         record = learner.train(step, items)
-        done = step + 1
-        if time.monotonic() - shown > 5.0 or done == config.steps:
-            shown = time.monotonic()
-            per_step = (shown - began) / (done - start)
-            line = (
-                f"loss {record['loss']:.4f}  grad {record['max_grad_norm']:.2f}  lr {record['lr']:.1e}  "
-                f"{per_step:.2f} s/step  {(config.steps - done) * per_step / 60:.1f} min left"
-            )
-            run.record(stage, done, config.steps, line, record)
+        done, now = step + 1, time.monotonic()
+        per_step = (now - began) / (done - start)
+        line = (
+            f"loss {record['loss']:.4f}  grad {record['max_grad_norm']:.2f}  lr {record['lr']:.1e}  "
+            f"{per_step:.2f} s/step  {(config.steps - done) * per_step / 60:.1f} min left"
+        )
+        show = now - shown >= SHOW_EVERY_S or done == config.steps
+        shown = now if show else shown
+        run.record(stage, done, config.steps, line, record, show)
         progress.after_step(done, learner.save, {"position": done * config.micro_batches})
     return progress
 

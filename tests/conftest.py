@@ -14,9 +14,7 @@ from data.sources import default_cache, locked
 torch.set_num_threads(1)  # xdist runs one process per core
 os.environ.setdefault("WANDB_SILENT", "true")
 
-TINY_DATA = DataConfig(
-    size=32, train_scenes=12, val_scenes=4, test_scenes=6, max_foregrounds_per_source=60, workers=1
-)
+TINY_DATA = DataConfig(size=32, train_scenes=12, val_scenes=4, test_scenes=6, max_foregrounds_per_source=60, workers=1)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def learners(ray_cluster):
 
 def items(groups) -> list[Item]:
     return [
-        Item(ray.put(trajectory), count=advantages.size * 2, cost=trajectory.inputs_NCHW.size, calls=2, extra=advantages)
+        Item(ray.put(trajectory), count=advantages.size * 2, cost=len(trajectory.text_TD), calls=2, extra=advantages)
         for trajectory, advantages in groups
     ]
 

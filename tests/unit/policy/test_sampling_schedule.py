@@ -114,7 +114,9 @@ def test_a_progressive_window_visits_each_of_its_places_before_it_wraps(config):
 @given(st.integers(2, 20), st.integers(1, 30), st.integers(0, 30), st.sampled_from(MOVEMENTS))
 def test_a_window_that_does_not_fit_is_refused_with_the_numbers(steps, size, start, movement):
     assume((0 if movement == "random" else start) + size > steps - 1)
-    with pytest.raises(ValidationError, match=f"window of {size} steps .*does not fit.*first {steps - 1} can be trained"):
+    with pytest.raises(
+        ValidationError, match=f"window of {size} steps .*does not fit.*first {steps - 1} can be trained"
+    ):
         sampling(steps, size=size, start=start, movement=movement)
 
 

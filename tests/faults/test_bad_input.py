@@ -1,0 +1,183 @@
+"""What a person gets wrong ends as one message that says what, where and what to do, and nothing is lost."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import main
+from tests.integration.test_whole_loop import OMNIALPHA, environment
+
+SUBPROCESS = 90
+
+
+def run_main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    assert captured.err.count("omnialpha: ") == 1
+    return code, captured.err
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("grpo.stpes=3", ["grpo.stpes", "did you mean 'steps'"]),
+        ("grpo.steps=many", ["grpo.steps", "valid integer", "'many'"]),
+        ("grpo.sampling.window.size=9", ["window of 9", "10 sampling steps", "first 9"]),
+        ("grpo.group=1", ["grpo.group", "greater than or equal to 2"]),
+        ("grpo.optimiser.lr=0", ["grpo.optimiser.lr", "greater than 0"]),
+        ("grpo.tasks.make_coffee=1", ["unknown task 'make_coffee'", "automatic_matting"]),
+        ("grpo.tasks.text_to_rgba=1", ["text_to_rgba", "none of the configured rewards"]),
+        ("vae.network.norm_groups=7", ["norm_groups must divide"]),
+        ("data.size=50", ["data.size 50", "multiple of"]),
+        ("noequals", ["'noequals'", "key=value"]),
+    ],
+)
+def test_a_configuration_mistake_names_the_key_and_the_remedy(capsys, override, expected):
+    overrides = [override]
+    if override.startswith("grpo.sampling"):
+        overrides += ["grpo.sampling.window.movement=fixed", "grpo.sampling.window.start=1"]
+    code, message = run_main(capsys, "plan", "demo", *overrides)
+    assert code == 2
+    for part in expected:
+        assert part in message, message
+
+
+def test_an_unknown_config_lists_the_shipped_ones(capsys):
+    code, message = run_main(capsys, "run", "dmeo")
+    assert code == 2
+    assert "demo" in message
+    assert "tiny" in message
+
+
+def test_too_few_cores_are_reported_role_by_role_before_anything_starts(capsys):
+    code, message = run_main(capsys, "plan", "tiny", "cluster.cpus=1")
+    assert code == 1
+    assert "learner 2 × 0.5 CPU" in message
+    assert "offers 1" in message
+
+
+def test_a_missing_dataset_is_named_before_actors_start(capsys, tmp_path):
+    folders = [f"run_dir={tmp_path / 'run'}", f"dataset={tmp_path / 'nothing'}"]
+    code, message = run_main(capsys, "run", "tiny", *folders, "tracking.wandb=disabled")
+    assert code == 1
+    assert "nothing" in message
+    assert "omnialpha data build" in message
+
+
+def test_a_corrupt_shard_is_named_before_actors_start(capsys, tmp_path, real_dataset):
+    copy = tmp_path / "dataset"
+    shutil.copytree(real_dataset, copy)
+    shard = next(copy.glob("train-*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-20])
+    code, message = run_main(
+        capsys, "vae", "tiny", f"run_dir={tmp_path / 'run'}", f"dataset={copy}", "tracking.wandb=disabled"
+    )
+    assert code == 1
+    assert shard.name in message
+
+
+def test_a_stage_without_the_stage_before_it_says_which_command_to_run(capsys, tmp_path, real_dataset):
+    for verb, missing in (("sft", "vae"), ("grpo", "sft"), ("eval", "sft")):
+        code, message = run_main(
+            capsys, verb, "tiny", f"run_dir={tmp_path / 'run'}", f"dataset={real_dataset}", "tracking.wandb=disabled"
+        )
+        assert code == 1
+        assert f"omnialpha {missing}" in message
+
+
+def test_a_run_folder_of_another_configuration_is_not_touched(capsys, tmp_path, real_dataset):
+    run = tmp_path / "run"
+    arguments = [f"run_dir={run}", f"dataset={real_dataset}", "tracking.wandb=disabled"]
+    run_main(capsys, "sft", "tiny", *arguments)  # claims the folder, then fails for want of a VAE
+    before = (run / "identity.json").read_text()
+    code, message = run_main(capsys, "sft", "tiny", *arguments, "sft.optimiser.lr=0.5", "grpo.group=5")
+    assert code == 2
+    assert "sft.optimiser.lr" in message
+    assert "grpo.group" in message
+    assert (run / "identity.json").read_text() == before
+
+
+def test_a_cluster_that_does_not_answer_is_named(capsys, tmp_path, real_dataset):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    done = subprocess.run(
+        [
+            OMNIALPHA,
+            "run",
+            "tiny",
+            f"run_dir={tmp_path / 'run'}",
+            f"dataset={real_dataset}",
+            f"cluster.address={address}",
+        ],
+        env=environment(tmp_path) | {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"},
+        capture_output=True,
+        text=True,
+        timeout=SUBPROCESS,
+    )
+    assert done.returncode == 1
+    assert f"cannot reach Ray at '{address}'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.xdist_group("ray")
+def test_a_learner_port_in_use_is_named(tmp_path, real_dataset):
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [
+                *(OMNIALPHA, "run", "tiny", f"run_dir={tmp_path / 'run'}", f"dataset={real_dataset}"),
+                *(f"cluster.learner_port={port}", "cluster.cpus=2", "tracking.wandb=disabled"),
+            ],
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=SUBPROCESS,
+        )
+    assert done.returncode == 1
+    assert f"learner_port {port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting a small disk needs root")
+def test_a_full_disk_during_a_save_leaves_the_last_commit_intact(tmp_path, real_dataset):
+    """A real file system that fills up: the error says so, and with space again the same command goes on."""
+    from common.commit import verify
+
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this sandbox cannot mount a tmpfs")
+    run = disk / "run"
+    arguments = [
+        *(OMNIALPHA, "vae", "tiny", f"run_dir={run}", f"dataset={real_dataset}", "tracking.wandb=disabled"),
+        *("cluster.cpus=2", "keep_commits=1000", "vae.steps=60", "vae.commit_every=1"),
+    ]
+    try:
+        full = subprocess.run(arguments, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
+        assert full.returncode == 1, full.stdout + full.stderr
+        assert "free space or choose another run_dir" in full.stderr
+        assert "Traceback" not in full.stderr
+        kept = sorted((run / "vae").glob("step-*"))
+        assert kept
+        verify(kept[-1])
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        again = subprocess.run(arguments, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert f"going on from the commit of step {int(kept[-1].name.removeprefix('step-'))}" in again.stdout
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_importing_the_command_line_needs_no_ray_or_torch():
+    code = "import sys, pipeline.cli; sys.exit(any(m in sys.modules for m in ('ray', 'torch', 'deepspeed')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parent).returncode == 0

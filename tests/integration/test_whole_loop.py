@@ -1,0 +1,187 @@
+"""The command a user types, from a folder of their own, on real data and real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from diffusers import AutoencoderKL, QwenImageTransformer2DModel
+
+from common.commit import verify
+from common.events import group_balance, read_events
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+OMNIALPHA = str(Path(sys.executable).parent / "omnialpha")
+
+
+def environment(run: Path) -> dict[str, str]:
+    """A clean environment with a mark by which every process of the run can be found."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST", "OMP_"))}
+    return kept | {"OMNIALPHA_TEST_RUN": str(run)}
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("OMNIALPHA_TEST_RUN") == str(run) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_until(condition, seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
+        time.sleep(0.05)
+
+
+def command(run: Path, dataset: Path, verb: str = "run") -> list[str]:
+    return [OMNIALPHA, verb, "tiny", f"run_dir={run}", f"dataset={dataset}", "cluster.cpus=2"]
+
+
+def weights_of(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    folder = run / stage / "final" / "model"
+    kind, part = (AutoencoderKL, "vae") if stage == "vae" else (QwenImageTransformer2DModel, "transformer")
+    return kind.from_pretrained(folder, subfolder=part, local_files_only=True).state_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, real_dataset) -> tuple[Path, subprocess.CompletedProcess]:
+    """One whole run, started where the user has folders named like ours that must not be imported."""
+    home = tmp_path_factory.mktemp("user")
+    for name in ("data", "rewards", "policy", "configs"):
+        (home / name).mkdir()
+        (home / name / "__init__.py").write_text("raise RuntimeError('the user folder was imported')\n")
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    done = subprocess.run(
+        command(run, real_dataset), cwd=home, env=environment(run), capture_output=True, text=True, timeout=420
+    )
+    return run, done
+
+
+def test_the_whole_loop_runs_from_a_folder_with_clashing_names(finished):
+    _, done = finished
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| all RL tasks | reward |" in done.stdout
+
+
+def test_every_stage_leaves_a_verifiable_result(finished):
+    run, _ = finished
+    for stage in ("vae", "sft", "grpo", "evaluate"):
+        verify(run / stage / "final")
+    before, after = weights_of(run, "sft"), weights_of(run, "grpo")
+    assert before.keys() == after.keys()
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_the_evaluation_leaves_a_table_results_and_pictures(finished):
+    run, _ = finished
+    final = run / "evaluate" / "final"
+    results = json.loads((final / "results.json").read_text())
+    assert results["overall"]["n"] > 0
+    assert {"low", "high", "difference", "sft", "grpo"} <= results["overall"].keys()
+    assert (final / "table.md").read_text().count("|") > 20
+    assert (final / "automatic_matting.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "grpo" / "pictures").glob("*.png"))
+
+
+def test_every_launched_group_is_accounted_for(finished):
+    balance = group_balance(read_events(finished[0] / "events.jsonl"))
+    assert balance["launched"] == 12
+    others = sum(count for key, count in balance.items() if key == "trained" or key.startswith("dropped"))
+    assert balance["launched"] == others
+    assert "in_flight" not in balance
+
+
+def test_the_first_ratio_is_exactly_one(finished):
+    steps = [e for e in read_events(finished[0] / "events.jsonl") if e["event"] == "step" and e["stage"] == "grpo"]
+    assert len(steps) == 4
+    assert all(step["max_ratio_error"] <= 1e-6 for step in steps)
+
+
+def test_wandb_keeps_an_offline_run(finished):
+    assert list((finished[0] / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_no_process_is_left(finished):
+    run, _ = finished
+    wait_until(lambda: not processes_of(run), 20, "the end of all processes")
+
+
+def test_the_same_command_again_skips_what_is_done(finished, real_dataset):
+    run, _ = finished
+    again = subprocess.run(
+        command(run, real_dataset), env=environment(run), capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 0
+    assert again.stdout.count("done, skipped") == 4
+
+
+def kill_at(run: Path, dataset: Path, stage: str, step: int) -> None:
+    """Starts the run and kills the driver with SIGKILL as soon as it reports ``step`` of ``stage``."""
+    log = (run.parent / "killed.log").open("a")
+    driver = subprocess.Popen(
+        command(run, dataset), env=environment(run), stdout=log, stderr=log, start_new_session=True
+    )
+
+    def reached() -> bool:
+        assert driver.poll() is None, (run.parent / "killed.log").read_text()
+        events = read_events(run / "events.jsonl")
+        return any(e["event"] == "step" and e["stage"] == stage and e["step"] >= step for e in events)
+
+    wait_until(reached, 240, f"{stage} step {step}")
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    wait_until(lambda: not processes_of(run), 30, "the end of the killed run's processes")
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_weights_of_an_uninterrupted_one(
+    finished, tmp_path_factory, real_dataset
+):
+    run = tmp_path_factory.mktemp("runs") / "killed"
+    for stage in ("vae", "sft", "grpo"):
+        kill_at(run, real_dataset, stage, 1 if stage == "sft" else 3)
+    done = subprocess.run(command(run, real_dataset), env=environment(run), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("vae", "sft", "grpo"):
+        ours, theirs = weights_of(run, stage), weights_of(finished[0], stage)
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+    balance = group_balance(read_events(run / "events.jsonl"))
+    accounted = sum(count for key, count in balance.items() if key != "launched")
+    assert balance["launched"] == accounted
+    assert balance["trained"] + sum(v for k, v in balance.items() if k in ("dropped:zero_variance",)) == 12
+    assert balance.get("dropped:rolled back", 0) > 0
+
+
+def test_sigterm_stops_at_a_commit_with_its_exit_code(tmp_path_factory, real_dataset):
+    run = tmp_path_factory.mktemp("runs") / "stopped"
+    driver = subprocess.Popen(
+        [*command(run, real_dataset), "sft.steps=4000", "stop_grace_s=30"],
+        env=environment(run),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(
+        lambda: any(e["event"] == "step" and e["stage"] == "sft" for e in read_events(run / "events.jsonl")), 240, "sft"
+    )
+    driver.send_signal(signal.SIGTERM)
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert "stopped in stage 'sft'" in err
+    assert "Traceback" not in err
+    commits = list((run / "sft").glob("step-*"))
+    assert commits
+    verify(max(commits))
+    wait_until(lambda: not processes_of(run), 20, "the end of all processes")
