@@ -73,7 +73,8 @@ class Actors:
 
 
 def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
-    with connected(run.config.cluster):
+    # Ray installs signal handlers of its own when it connects: ours go on top.
+    with connected(run.config.cluster), run.signals():
         actors = Actors(run)
         for stage in todo:
             began = time.monotonic()

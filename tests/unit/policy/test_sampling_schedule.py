@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import derivations
@@ -37,7 +38,7 @@ def test_levels_follow_the_time_shift_over_an_even_grid(steps, shift):
 def test_levels_fall_strictly_from_exactly_one_to_exactly_zero(steps, shift):
     sigmas = ScheduleConfig(steps=steps, shift=shift).sigmas()
     assert len(sigmas) == steps + 1
-    assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(sigmas))
     assert sigmas[-1] == 0.0
     assert sigmas[0] == 1.0  # anything beside it makes the first step's noise √(σ / (1 − σ)) explode
 

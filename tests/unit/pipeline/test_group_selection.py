@@ -1,0 +1,115 @@
+"""From scores to what a step trains on, without any actor."""
+
+import numpy as np
+import pytest
+
+from actors.reward import GroupScores, RewardActor, active_terms
+from actors.rollout import Group
+from common.errors import ConfigError, NumericsError
+from pipeline.grpo import check_first_ratio, select
+from policy.group import GroupMeta, GroupPixels, GroupRequest
+from rewards.combine import RewardConfig, TermConfig
+
+CONFIG = RewardConfig(terms=(TermConfig(name="layer"), TermConfig(name="boundary"), TermConfig(name="composition")))
+
+
+def scored(number: int, scores_TG, task: str = "automatic_matting", steps: int = 2):
+    request = GroupRequest(step=1, group=number, index=0, members=len(scores_TG[0]))
+    meta = GroupMeta(request.name, task, f"record-{number}", version=0, steps=steps, tokens=100 + number, seconds=0.1)
+    names = tuple(CONFIG.terms[k].name for k in active_terms(CONFIG, task))
+    reasons = tuple("broken" for value in np.ravel(scores_TG) if np.isnan(value))
+    return (
+        Group(request, "meta", f"trajectory-{number}", "pixels"),
+        meta,
+        GroupScores(names, np.array(scores_TG), reasons),
+    )
+
+
+def test_a_group_with_spread_is_trained_on_and_counts_its_members_times_steps():
+    batch = select([scored(0, [[0.1, 0.2, 0.3], [0.5, 0.4, 0.9]])], CONFIG)
+    assert batch.trained == ["1.0"]
+    assert batch.items[0].payload == "trajectory-0"
+    assert batch.items[0].count == 3 * 2
+    assert batch.items[0].calls == 2
+    assert batch.items[0].extra.sum() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_constant_group_is_dropped_with_its_reason():
+    batch = select([scored(0, [[0.4] * 3, [0.7] * 3]), scored(1, [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])], CONFIG)
+    assert batch.dropped == {"1.0": "zero_variance"}
+    assert batch.trained == ["1.1"]
+
+
+def test_a_member_without_scores_is_missing_and_not_zero():
+    nan = float("nan")
+    batch = select([scored(0, [[0.1, nan, 0.3], [0.1, nan, 0.3]])], CONFIG)
+    advantages = batch.items[0].extra
+    assert np.isnan(advantages[1])
+    assert np.nanmean(advantages) == pytest.approx(0, abs=1e-12)
+    assert batch.items[0].count == 2 * 2
+    assert batch.rewards["reward"] == pytest.approx(0.2)
+    assert batch.missing == 2
+
+
+def test_a_group_below_the_minimum_is_dropped_with_its_reason():
+    nan = float("nan")
+    batch = select([scored(0, [[0.1, nan, nan], [0.1, nan, nan]])], CONFIG)
+    assert batch.dropped == {"1.0": "below_min_group"}
+    assert not batch.items
+
+
+def test_rewards_are_reported_per_task_and_per_term():
+    removal = scored(1, [[0.2, 0.4, 0.6]], task="object_removal")
+    batch = select([scored(0, [[0.0, 0.2, 0.4], [0.6, 0.8, 1.0]]), removal], CONFIG)
+    assert batch.rewards["reward/automatic_matting"] == pytest.approx(0.5)
+    assert batch.rewards["reward/object_removal"] == pytest.approx(0.4)
+    assert batch.rewards["term/layer"] == pytest.approx(0.3)
+    assert batch.rewards["term/boundary"] == pytest.approx(0.8)
+
+
+def test_terms_follow_the_task_table_and_custom_terms_judge_every_task_with_rewards():
+    config = RewardConfig(terms=(*CONFIG.terms, TermConfig(name="mine", scorer="rewards.terms:LayerFidelity")))
+    names = {
+        task: [config.terms[k].name for k in active_terms(config, task)] for task in ("object_removal", "text_to_rgba")
+    }
+    assert names == {"object_removal": ["layer", "mine"], "text_to_rgba": []}
+
+
+def test_a_first_ratio_beyond_the_bound_stops_and_says_by_how_much():
+    check_first_ratio({"max_ratio_error": 0.0}, 1e-6, step=3)
+    with pytest.raises(NumericsError, match=r"step 3: the first ratio is off by 2.00e-04.*1.0e-06"):
+        check_first_ratio({"max_ratio_error": 2e-4}, 1e-6, step=3)
+
+
+@pytest.fixture
+def pixels() -> GroupPixels:
+    rng = np.random.default_rng(0)
+    images = rng.random((4, 1, 4, 16, 16)).astype(np.float32)
+    return GroupPixels("g", "automatic_matting", "Cut out.", images, images[0], (images[1, 0],))
+
+
+def test_a_scorer_from_a_users_file_judges_the_group_beside_the_shipped_ones(tmp_path, pixels):
+    path = tmp_path / "my_reward.py"
+    path.write_text("def mean_alpha(batch):\n    return batch.layers_GLCHW[:, 0, 3].mean(dim=(1, 2))\n")
+    config = RewardConfig(terms=(TermConfig(name="layer"), TermConfig(name="mine", scorer=f"{path}:mean_alpha")))
+    result = RewardActor(config, threads=1).score(pixels)
+    assert result.terms == ("layer", "mine")
+    np.testing.assert_allclose(result.scores_TG[1], pixels.layers_GLCHW[:, 0, 3].mean(axis=(1, 2)), rtol=1e-6)
+    assert result.scores_TG[0, 0] == pytest.approx(1.0)  # member 0 is the truth
+
+
+def test_a_scorer_that_raises_costs_its_own_scores_only(tmp_path, pixels):
+    path = tmp_path / "broken.py"
+    path.write_text("def broken(batch):\n    raise ValueError('no GPU today')\n")
+    config = RewardConfig(terms=(TermConfig(name="layer"), TermConfig(name="broken", scorer=f"{path}:broken")))
+    result = RewardActor(config, threads=1).score(pixels)
+    assert np.isnan(result.scores_TG[1]).all()
+    assert np.isfinite(result.scores_TG[0]).all()
+    assert len(result.reasons) == 4
+    assert "no GPU today" in result.reasons[0]
+
+
+def test_a_task_without_rewards_is_refused_by_name(pixels):
+    config = RewardConfig(terms=(TermConfig(name="composition"),))
+    with pytest.raises(ConfigError, match="automatic_matting"):
+        RewardActor(config, threads=1).score(pixels)
