@@ -55,7 +55,7 @@ def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
         return config.lr * (step + 1) / config.warmup
     if config.decay == "constant":
         return config.lr
-    progress = (step - config.warmup) / max(steps - config.warmup, 1)
+    progress = (step - config.warmup) / max(steps - 1 - config.warmup, 1)
     return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
@@ -187,7 +187,7 @@ def sum_stats(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     for part in parts:
         for key, value in part.items():
             if key.startswith("max_"):
-                total[key] = max(total.get(key, value), value)
+                total[key] = max(total.get(key, value), value) if value == value else value
             else:
                 total[key] = total.get(key, 0.0) + value
     return total

@@ -21,6 +21,7 @@ from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, sum_stats
 from actors.waiting import wait_all
+from common.commit import storage_errors
 from common.errors import ClusterError, NumericsError
 from data.records import RecordDataset
 from policy.latents import LatentSums, encode_records, latent_statistics, split_work
@@ -137,14 +138,16 @@ class LearnerRank:
 
     def save(self, folder: Path) -> None:
         """Writes this rank's training state."""
-        self._ready().save(folder, self._rank)
+        with storage_errors(folder):
+            self._ready().save(folder, self._rank)
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes the weights that the stage hands on; the others take part in gathering them."""
         weights = self._ready().published()
         if self._rank == 0:
             assert self._program is not None
-            self._program.export(folder, weights)
+            with storage_errors(folder):
+                self._program.export(folder, weights)
 
     def encode(self, model: Path, dataset: Path, work: tuple[list[int], frozenset[str]], out: Path) -> LatentSums:
         """Encodes this rank's share of the training split (between stages: no engine needed)."""

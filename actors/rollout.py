@@ -87,7 +87,7 @@ class RolloutActor:
             members = range(request.members)
             return torch.stack([member_noise(shape, *seeds, 0 if shared else g, name) for g in members])
 
-        window = setup.sampling.window_steps(*seeds)
+        window = setup.sampling.window_steps(setup.seed, request.step - 1, request.group)
         result = denoise(
             self._model,
             Condition(inputs_NCHW[None], text_TD[None]).expand(request.members),

@@ -20,6 +20,8 @@ from common.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+FOREIGN = "written in format"
+"""Part of the message about an intact commit of another version, which is never removed."""
 
 
 @dataclass(frozen=True)
@@ -90,20 +92,24 @@ def commit(temporary: Path, final: Path, facts: dict[str, Any]) -> Commit:
             if path.is_file()
         }
         manifest = {"format": FORMAT, "facts": facts, "files": files}
+        manifest["blake2b"] = _manifest_checksum(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         for path in temporary.rglob("*"):
             _fsync(path)
         _fsync(temporary)
+        aside = _aside(final)
         if final.exists():
-            # A folder cannot be renamed over a non-empty one: the old one steps aside first.
-            aside = final.with_name(f".old-{final.name}")
+            # A folder cannot be renamed over a non-empty one: the old one steps aside first, and comes back if the
+            # writer dies before the next line (see _recover).
             shutil.rmtree(aside, ignore_errors=True)
             final.rename(aside)
+        try:
             temporary.rename(final)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            temporary.rename(final)
+        except OSError:
+            _recover(final)
+            raise
         _fsync(final.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     return Commit(final, facts)
 
 
@@ -113,28 +119,41 @@ def verify(path: Path) -> Commit:
     Raises:
         CheckpointError: there is no commit, or a file is missing, truncated or altered; names the file.
     """
+    _recover(path)
+    commit_, files = _read_manifest(path)
+    for name, expected in files.items():
+        if file_checksum(path / name) != expected["blake2b"]:
+            raise CheckpointError(f"{path}: {name} does not match its checksum")
+    return commit_
+
+
+def _read_manifest(path: Path) -> tuple[Commit, dict[str, Any]]:
+    """The manifest's facts and files, with everything checked but the files' content."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files, facts = manifest["files"], manifest["facts"]
-    except FileNotFoundError:
+        written = manifest["format"]
+        if written != FORMAT:
+            raise CheckpointError(f"{path}: {FOREIGN} {written}, this version reads {FORMAT}")
+        checksum, files, facts = manifest.pop("blake2b"), manifest["files"], manifest["facts"]
+        sizes = {name: (int(entry["bytes"]), str(entry["blake2b"])) for name, entry in files.items()}
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: no complete commit here (no {MANIFEST})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} is damaged ({error})") from None
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: written in format {manifest['format']}, this version reads {FORMAT}")
-    for name, expected in files.items():
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged ({error!r})") from None
+    if checksum != _manifest_checksum(manifest):
+        raise CheckpointError(f"{path}: {MANIFEST} does not match its checksum")
+    for name, (size, _) in sizes.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path}: {name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes, not {expected['bytes']}")
-        if file_checksum(file) != expected["blake2b"]:
-            raise CheckpointError(f"{path}: {name} does not match its checksum")
-    return Commit(path, facts)
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes, not {size}")
+    return Commit(path, facts), files
 
 
 def latest(root: Path, skipped: Callable[[str], None]) -> Commit | None:
     """The newest commit under ``root`` that verifies; ``skipped`` hears why newer ones were passed over."""
+    _recover_all(root)
     for path in sorted(root.glob("step-*"), reverse=True):
         try:
             return verify(path)
@@ -144,11 +163,50 @@ def latest(root: Path, skipped: Callable[[str], None]) -> Commit | None:
 
 
 def retain(root: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` commits and every abandoned temporary folder."""
-    for path in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Removes all but the newest ``keep`` complete commits, and whatever interrupted writers left.
+
+    Completeness is judged by manifest and sizes, which is cheap; a damaged folder never counts as one to keep.
+    """
+    _recover_all(root)
+    kept = 0
+    for path in sorted(root.glob("step-*"), reverse=True):
+        try:
+            _read_manifest(path)
+            kept += 1
+        except CheckpointError as error:
+            if FOREIGN not in str(error):
+                _remove(path)
+            continue
+        if kept > keep:
+            _remove(path)
     for path in [*root.glob(".tmp-*"), *root.glob(".old-*")]:
+        _remove(path)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".old-{final.name}")
+
+
+def _recover(final: Path) -> None:
+    """Brings back a commit that had stepped aside for one that never arrived."""
+    if not final.exists() and _aside(final).exists():
+        _aside(final).rename(final)
+
+
+def _recover_all(root: Path) -> None:
+    for path in root.glob(".old-*"):
+        _recover(path.with_name(path.name.removeprefix(".old-")))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _manifest_checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def write_atomic(path: Path, text: str) -> None:

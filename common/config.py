@@ -22,7 +22,12 @@ class StrictConfig(BaseModel):
     """Base of every config class: frozen, no unknown keys, no silent conversions, defaults validated."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
@@ -92,9 +97,13 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         tree = OmegaConf.merge(_read_with_bases(path, ()), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}; mend the file or the override") from None
-    assert isinstance(values, dict)
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError, AssertionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ConfigError(f"{path}: {reason}; mend the file or the override") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping of keys to values")
     return {str(key): value for key, value in values.items()}
 
 
@@ -105,11 +114,13 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; name a shipped one (demo, tiny) or a path to YAML") from None
-    except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML text ({error})") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: the top level must be a mapping of keys to values")
     base = loaded.pop("base", None)
     if base is None:
         return loaded
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the name of a YAML file beside this one, not {base!r}")
     return OmegaConf.merge(_read_with_bases((path.parent / base).resolve(), (*seen, path)), loaded)

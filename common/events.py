@@ -4,6 +4,7 @@ Group accounting can be checked from it alone (:func:`group_balance`): every lau
 committed lineage, dropped for a stated reason, rolled back, or still in flight.
 """
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -34,7 +35,9 @@ class EventLog:
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Ends the log. Every event was flushed when it was written; what the disk refused then is not tried again."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

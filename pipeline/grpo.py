@@ -134,7 +134,7 @@ def check_first_ratio(record: dict[str, float], bound: float, step: int) -> None
         NumericsError: the ratios were off by more than the bound; the update must not be trusted.
     """
     error = record["max_ratio_error"]
-    if error > bound:
+    if not error <= bound:  # also for NaN
         raise NumericsError(
             f"step {step}: the first ratio is off by {error:.2e}, more than grpo.first_ratio_bound {bound:.1e}: the "
             "rollout actors and the learner do not compute the same policy (weights, dtype, batch shape or threads)"

@@ -86,14 +86,13 @@ class Run:
 
     def done(self, stage: str) -> bool:
         """Whether a stage's result is there and intact."""
-        if not self.final(stage).exists():
-            return False
         try:
             verify(self.final(stage))
+            return True
         except CheckpointError as error:
-            log.warning("%s; the stage will be run again from its last commit", error)
+            if self.final(stage).exists():
+                log.warning("%s; the stage will be run again from its last commit", error)
             return False
-        return True
 
     def require(self, stage: str, wanted_by: str) -> Path:
         """The result of an earlier stage.
@@ -151,8 +150,8 @@ class Progress:
         Raises:
             CheckpointError: the commit was made under another configuration.
         """
-        retain(self._root, self._run.config.keep_commits)
         found = latest(self._root, lambda reason: log.warning("skipped a damaged commit: %s", reason))
+        retain(self._root, self._run.config.keep_commits)
         self.committed = found.step if found else 0
         past = [e for e in read_events(self._run.events.path) if e.get("stage") == self._stage]
         if found:
@@ -187,7 +186,8 @@ class Progress:
     def _commit(self, step: int, save: Callable[[Path], None], facts: dict[str, Any]) -> Commit:
         folder = step_folder(self._root, step)
         temporary = begin(folder)
-        save(temporary)
+        with storage_errors(folder):
+            save(temporary)
         made = commit(temporary, folder, {"step": step, "config": self._run.config.identity_hash(), **facts})
         retain(self._root, self._run.config.keep_commits)
         self.committed = step
@@ -198,7 +198,8 @@ class Progress:
         """Commits the stage's result; training commits are removed only afterwards."""
         final = self._run.final(self._stage)
         temporary = begin(final)
-        write(temporary)
+        with storage_errors(final):
+            write(temporary)
         base = {"step": self._steps, "config": self._run.config.identity_hash()}
         commit(temporary, final, base | (facts or {}))
         retain(self._root, 1)

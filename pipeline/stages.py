@@ -1,5 +1,6 @@
 """Which stages a command runs, with which actors, and what is skipped because it is done."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from actors.cluster import connected
 from actors.learner import LearnerGroup
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
+from common.errors import StorageError
 from data.build import build_dataset
 from data.records import RecordDataset
 from pipeline.config import RunConfig
@@ -42,7 +44,8 @@ def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
                 _run_on_cluster(run, todo)
         log.info("run folder: %s", run.folder)
     except BaseException as error:
-        run.events.write("run_failed", error=type(error).__name__, message=str(error))
+        with contextlib.suppress(StorageError):  # a full disk must not hide the error that brought us here
+            run.events.write("run_failed", error=type(error).__name__, message=str(error))
         log.debug("the run ended with an error", exc_info=True)
         raise
     finally:

@@ -13,7 +13,7 @@ class GroupRequest:
     """What one group is: all of its randomness follows from (seed, step, group)."""
 
     step: int
-    """Training step that asked for it."""
+    """Training step that asked for it, counted from 1."""
     group: int
     """Number of the group within the step."""
     index: int

@@ -29,7 +29,7 @@ class KernelConfig(StrictConfig):
     name: KernelName = "flow_sde"
     """``flow_sde``, ``dance`` or ``cps``."""
     eta: float = 0.7
-    """Noise level η ≥ 0; 0 is the ODE. For ``cps`` it must lie in [0, 1]."""
+    """Noise level η > 0 (towards 0 it is the ODE). For ``cps`` at most 1."""
 
     @model_validator(mode="after")
     def _eta_fits(self) -> "KernelConfig":

@@ -107,6 +107,9 @@ def encode_records(
             flush()
     if waiting:
         flush()
+    if not latents:  # fewer images than workers
+        channels = int(vae.config.latent_channels)
+        return LatentSums(0, torch.zeros(channels).double(), torch.zeros(channels).double())
     write_latent_shard(out, latents)
     stacked = torch.stack(list(latents.values())).double()
     return LatentSums(len(latents), stacked.mean((2, 3)).sum(0), (stacked**2).mean((2, 3)).sum(0))

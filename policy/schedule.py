@@ -20,7 +20,7 @@ class ScheduleConfig(StrictConfig):
     def sigmas(self) -> list[float]:
         """N + 1 levels, 1 first and 0 last."""
         u = np.linspace(1.0, 0.0, self.steps + 1)
-        return [float(value) for value in self.shift * u / (1 + (self.shift - 1) * u)]
+        return [float(value) for value in self.shift * u / (self.shift * u + (1 - u))]
 
 
 class WindowConfig(StrictConfig):

@@ -13,6 +13,9 @@ from common.config import StrictConfig
 from common.errors import CheckpointError
 
 
+INITIAL_LOGVAR = -6.0
+
+
 class VaeConfig(StrictConfig):
     """Size of a freshly initialised VAE."""
 
@@ -55,6 +58,8 @@ def build_vae(config: VaeConfig, seed: int) -> AutoencoderKL:
         vae.encoder.conv_in.weight[:, 3].zero_()
         vae.decoder.conv_out.weight[3].zero_()
         vae.decoder.conv_out.bias[3].fill_(1.0)
+        # A fresh posterior would have unit variance beside tiny means: the decoder would learn from noise at first.
+        vae.encoder.conv_out.bias[config.latent_channels :].fill_(INITIAL_LOGVAR)
     return vae
 
 

@@ -54,12 +54,13 @@ def load_packed(module: torch.nn.Module, index: tuple[Entry, ...], buffer: np.nd
     state = dict(module.state_dict())
     if missing := sorted(state.keys() ^ {entry.name for entry in index}):
         raise CheckpointError(f"published weights do not fit the model: {len(missing)} names differ, {missing[:3]}")
+    for entry in index:
+        if tuple(state[entry.name].shape) != entry.shape:
+            raise CheckpointError(f"published {entry.name} is {entry.shape}, not {tuple(state[entry.name].shape)}")
     with torch.no_grad():
         for entry in index:
             raw = torch.tensor(buffer[entry.offset : entry.offset + entry.nbytes])
             tensor = raw.view(getattr(torch, entry.dtype)).view(entry.shape)
-            if state[entry.name].shape != tensor.shape:
-                raise CheckpointError(f"published {entry.name} is {entry.shape}, not {tuple(state[entry.name].shape)}")
             state[entry.name].copy_(tensor)
     return digest(module.state_dict())
 

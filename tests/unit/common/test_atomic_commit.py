@@ -262,7 +262,7 @@ def test_retention_keeps_the_newest_and_removes_what_was_abandoned(tmp_path):
     for step in (3, 1, 20, 100):
         make(tmp_path, step)
     begin(step_folder(tmp_path, 101))
-    (tmp_path / ".old-step-00000007").mkdir()
+    (tmp_path / ".old-step-00000100").mkdir()
     (tmp_path / "final").mkdir()
     retain(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "step-00000020", "step-00000100"]

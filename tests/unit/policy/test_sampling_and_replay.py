@@ -184,6 +184,7 @@ def test_the_learners_first_ratio_is_exactly_one_and_a_member_without_a_score_is
     save_policy(tmp_path, measured_vae(), live_dit())
     kernel, window = KernelConfig(name=name, eta=KERNELS[name]), range(0, 3)
     program = GrpoProgram(tmp_path, GrpoConfig(clip_range=1e-4), kernel, SIGMAS)
+    assert not program.module.training  # the sampler is in evaluation mode too
     single = make_condition(1)
     result = denoise(program.module, single.expand(BATCH), normal(*SHAPE, seed=7), SIGMAS, window, kernel, noise)
     group = GroupTrajectory(
