@@ -13,16 +13,16 @@ setup: $(VENV)/.complete
 tools:
 	@sh deploy/check-tools.sh $(PYTHON)
 
+# torch comes alone and first: a range that admits a newer release would bring gigabytes of CUDA packages to a CPU machine.
+# pymatting and DeepSpeed's operator compile on first use; the last lines keep that out of the first run.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	@sh deploy/check-tools.sh $(PYTHON)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch alone first: a range that admits a newer release would bring gigabytes of CUDA packages to a CPU machine.
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
-	# Both compile on first use; doing it here keeps it out of the first run.
 	$(BIN)/python -c 'import pymatting'
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python deploy/build_ops.py
-	touch $@
+	@touch $@
 
 demo: setup
 	$(BIN)/omnialpha run demo

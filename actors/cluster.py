@@ -102,22 +102,22 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             "object_store_memory": config.object_store_mib * 2**20,
             "include_dashboard": False,
         }
-    with _neutral_directory():
-        try:
+    try:
+        with _neutral_directory():
             ray.init(
                 address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="omnialpha", **options
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise ClusterError(
-                f"cannot reach Ray at {address!r}: {str(error).strip().splitlines()[0]}; "
-                "start a cluster there (`ray start --head`), or unset cluster.address and RAY_ADDRESS to run locally"
-            ) from None
-        try:
-            resources = ray.cluster_resources()
-            check_placement(config, resources.get("CPU", 0), resources.get("GPU", 0))
-            yield
-        finally:
-            ray.shutdown()
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(
+            f"cannot reach Ray at {address!r}: {str(error).strip().splitlines()[0]}; "
+            "start a cluster there (`ray start --head`), or unset cluster.address and RAY_ADDRESS to run locally"
+        ) from None
+    try:
+        resources = ray.cluster_resources()
+        check_placement(config, resources.get("CPU", 0), resources.get("GPU", 0))
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextlib.contextmanager
