@@ -102,35 +102,28 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             "object_store_memory": config.object_store_mib * 2**20,
             "include_dashboard": False,
         }
-    try:
-        with _neutral_directory():
-            ray.init(
-                address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="omnialpha", **options
-            )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(
-            f"cannot reach Ray at {address!r}: {str(error).strip().splitlines()[0]}; "
-            "start a cluster there (`ray start --head`), or unset cluster.address and RAY_ADDRESS to run locally"
-        ) from None
-    try:
-        resources = ray.cluster_resources()
-        check_placement(config, resources.get("CPU", 0), resources.get("GPU", 0))
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _neutral_directory() -> Iterator[None]:
-    """Ray puts the driver's working directory on every worker's import path, where a user's own ``data/`` folder
-    would shadow ours: connect from an empty folder instead."""
+    # Ray puts the driver's working directory on every worker's import path, where a user's own ``data/`` folder would
+    # shadow ours, and starts workers in it: connect from an empty folder that lives as long as they do.
     with tempfile.TemporaryDirectory(prefix="omnialpha-") as empty:
-        before = os.getcwd()
-        os.chdir(empty)
         try:
+            with contextlib.chdir(empty):
+                ray.init(
+                    address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="omnialpha", **options
+                )
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            if address == "local":
+                raise ClusterError(f"Ray did not start on this machine: {reason}; see /tmp/ray for its logs") from None
+            raise ClusterError(
+                f"cannot reach Ray at {address!r}: {reason}; start a cluster there (`ray start --head`), or unset "
+                "cluster.address and RAY_ADDRESS to run locally"
+            ) from None
+        try:
+            resources = ray.cluster_resources()
+            check_placement(config, resources.get("CPU", 0), resources.get("GPU", 0))
             yield
         finally:
-            os.chdir(before)
+            ray.shutdown()
 
 
 def _local_gpus() -> int:
