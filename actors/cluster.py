@@ -21,8 +21,6 @@ class RoleConfig(StrictConfig):
     """Number of processes."""
     cpus: float = Field(1.0, gt=0)
     """Ray CPUs reserved by each. Roles that never work at the same time may share a core by fractions."""
-    gpus: float = Field(0.0, ge=0)
-    """Ray GPUs reserved by each."""
     threads: int = Field(1, ge=1)
     """Torch threads of each."""
 
@@ -55,31 +53,27 @@ class PlacementRow:
     role: str
     actors: int
     cpus: float
-    gpus: float
 
 
 def placement(config: ClusterConfig) -> list[PlacementRow]:
     """What the configured roles reserve, role by role."""
     roles = {"learner": config.learner, "rollout": config.rollout, "reward": config.reward}
-    return [
-        PlacementRow(name, role.actors, role.actors * role.cpus, role.actors * role.gpus)
-        for name, role in roles.items()
-    ]
+    return [PlacementRow(name, role.actors, role.actors * role.cpus) for name, role in roles.items()]
 
 
-def check_placement(config: ClusterConfig, cpus: float, gpus: float) -> None:
+def check_placement(config: ClusterConfig, cpus: float) -> None:
     """Compares the configured actors with what a cluster offers, before anything loads.
 
     Raises:
         PlacementError: what is asked for, role by role, and what there is.
     """
     rows = placement(config)
-    need_cpus, need_gpus = sum(row.cpus for row in rows), sum(row.gpus for row in rows)
-    if need_cpus > cpus + 1e-9 or need_gpus > gpus + 1e-9:
+    need = sum(row.cpus for row in rows)
+    if need > cpus + 1e-9:
         asked = ", ".join(f"{row.role} {row.actors} × {row.cpus / row.actors:g} CPU" for row in rows)
         raise PlacementError(
-            f"the configured actors need {need_cpus:g} CPUs and {need_gpus:g} GPUs ({asked}) but the cluster offers "
-            f"{cpus:g} and {gpus:g}; lower cluster.*.actors or cluster.*.cpus, or add machines"
+            f"the configured actors need {need:g} CPUs ({asked}) but the cluster offers {cpus:g}; "
+            "lower cluster.*.actors or cluster.*.cpus, or add machines"
         )
 
 
@@ -93,8 +87,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        check_placement(config, config.cpus or os.cpu_count() or 1, _local_gpus())
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        check_placement(config, config.cpus or os.cpu_count() or 1)
     options: dict = {}
     if address == "local":
         options = {
@@ -120,13 +113,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             ) from None
         try:
             resources = ray.cluster_resources()
-            check_placement(config, resources.get("CPU", 0), resources.get("GPU", 0))
+            check_placement(config, resources.get("CPU", 0))
             yield
         finally:
             ray.shutdown()
-
-
-def _local_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()

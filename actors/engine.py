@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -191,8 +191,3 @@ def sum_stats(parts: Iterable[dict[str, float]]) -> dict[str, float]:
             else:
                 total[key] = total.get(key, 0.0) + value
     return total
-
-
-def describe(config: EngineConfig) -> dict[str, Any]:
-    """The engine's facts for a commit's manifest."""
-    return {"zero_stage": config.zero_stage, "ema": config.ema}

@@ -28,6 +28,8 @@ from policy.latents import LatentSums, encode_records, latent_statistics, split_
 from policy.programs import Program
 from policy.weights import digest, pack
 
+LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -42,6 +44,8 @@ class StepPlan:
     """Small companions of the payloads (advantages)."""
     weights: tuple[float, ...]
     """1 for real items, 0 for those that only keep the calls equal."""
+    names: tuple[str, ...]
+    """What to call the payloads in an error."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Item:
     calls: int = 1
     """Its micro-batches."""
     extra: Any = None
+    name: str = "batch"
+    """What to call it in an error."""
 
 
 class LearnerRank:
@@ -65,36 +71,46 @@ class LearnerRank:
     def __init__(self, rank: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self._rank = rank
+        self._socket: socket.socket | None = None
         self._program: Program | None = None
         self._engine: Engine | None = None
 
-    def address(self, port: int | None) -> tuple[str, int]:
-        """This node's IP and ``port``, or one that is free there now.
+    def address(self, host: str | None, port: int | None) -> tuple[str, int]:
+        """Opens the rendezvous: ``host`` or this node's IP, ``port`` or one that is free there.
+
+        The socket is kept and handed to the rendezvous, so nobody can take the port in between and nothing listens on
+        other interfaces.
 
         Raises:
             ClusterError: the port asked for is in use.
         """
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port or 0))
-            except OSError as error:
-                raise ClusterError(
-                    f"cluster.learner_port {port} cannot be used on {host} ({error.strerror}); choose another port, "
-                    "or leave it out to take a free one"
-                ) from None
-            return host, probe.getsockname()[1]
+        host = host or ray.util.get_node_ip_address()
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((host, port or 0))
+            self._socket.listen()
+        except OSError as error:
+            raise ClusterError(
+                f"cluster.learner_port {port} cannot be used on {host} ({error.strerror}); choose another port, "
+                "or leave it out to take a free one"
+            ) from None
+        return host, self._socket.getsockname()[1]
 
     def connect(self, address: str, port: int, world: int) -> None:
         """Joins the process group."""
         os.environ.update(
             MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self._rank), WORLD_SIZE=str(world), LOCAL_RANK="0"
         )
-        cuda = torch.cuda.is_available()
-        os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if address == LOOPBACK:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        listening = {"master_listen_fd": self._socket.detach()} if self._socket is not None else {}
+        store = torch.distributed.TCPStore(address, port, world, is_master=self._rank == 0, **listening)
+        torch.distributed.init_process_group("gloo", store=store, rank=self._rank, world_size=world)
         import deepspeed
 
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        deepspeed.init_distributed("gloo", verbose=False)  # takes over the group that is there
 
     def setup(self, build: Callable[[], Program], optimiser: OptimiserConfig, config: EngineConfig) -> int:
         """Builds the program and its engine; returns the number of trained parameters."""
@@ -114,17 +130,20 @@ class LearnerRank:
         engine, program, start = self._ready(), self._program, time.perf_counter()
         assert program is not None
         micros = [
-            (micro, weight)
-            for payload, extra, weight in zip(payloads, plan.extras, plan.weights, strict=True)
+            (micro, weight, name)
+            for payload, extra, weight, name in zip(payloads, plan.extras, plan.weights, plan.names, strict=True)
             for micro in program.micro_batches(payload, extra)
         ]
-        micros += [(micros[-1][0], 0.0)] * (plan.calls - len(micros))
+        micros += [(micros[-1][0], 0.0, "padding")] * (plan.calls - len(micros))
         stats = []
-        for k, (micro, weight) in enumerate(micros):
+        for k, (micro, weight, name) in enumerate(micros):
             loss = program.loss(engine.engine, micro)
-            engine.accumulate(loss, plan.global_count, last=k == len(micros) - 1, weight=weight)
+            try:
+                engine.accumulate(loss, plan.global_count, last=k == len(micros) - 1, weight=weight)
+            except NumericsError as error:
+                raise NumericsError(f"{name}: {error}") from None
             if weight:
-                stats.append(loss.stats | {"loss": float(loss.total.detach())})
+                stats.append(loss.stats | {"loss": float(loss.total.detach()), "count": float(loss.count)})
         norm = engine.step(plan.lr)
         return sum_stats(stats) | {"max_grad_norm": norm, "max_seconds": time.perf_counter() - start}
 
@@ -159,15 +178,22 @@ class LearnerRank:
         return self._engine
 
 
+def one_node() -> bool:
+    """Whether the connected cluster is a single machine, so that ranks can meet on loopback."""
+    return sum(node["Alive"] for node in ray.nodes()) == 1
+
+
 class LearnerGroup:
     """All ranks, driven as one."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._deadline, self.world = config.deadline_s, config.learner.actors
         role = config.learner
-        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(LearnerRank)
+        actor = ray.remote(num_cpus=role.cpus)(LearnerRank)
         self._ranks = [actor.remote(rank, role.threads) for rank in range(self.world)]
-        (address, port), *_ = self._all([self._ranks[0].address.remote(config.learner_port)], "rank 0 to start")
+        (address, port), *_ = self._all(
+            [self._ranks[0].address.remote(LOOPBACK if one_node() else None, config.learner_port)], "rank 0 to start"
+        )
         self._all([r.connect.remote(address, port, self.world) for r in self._ranks], "ranks to connect")
         self._optimiser: OptimiserConfig | None = None
         self._steps = 0
@@ -188,8 +214,12 @@ class LearnerGroup:
         Returns:
             Means over the loss's terms; ``max_*`` are maxima.
 
+        Args:
+            step: from 0.
+
         Raises:
-            NumericsError: a loss or gradient was not finite; names the step. No rank has stepped.
+            NumericsError: a loss or gradient was not finite, or terms were lost between driver and loss; names the
+                step and the item. The training state must not be committed.
         """
         assert self._optimiser is not None
         lr = learning_rate(self._optimiser, step, self._steps)
@@ -200,14 +230,16 @@ class LearnerGroup:
         def submit(rank: Any, number: int) -> Any:
             # A rank without work repeats the first item with weight 0, so that all ranks meet in every collective.
             mine, weight = ([items[i] for i in shares[number]], 1.0) if shares[number] else ([items[0]], 0.0)
-            extras, weights = tuple(item.extra for item in mine), (weight,) * len(mine)
-            plan = StepPlan(lr, calls, count, extras, weights)
+            extras, names = tuple(item.extra for item in mine), tuple(item.name for item in mine)
+            plan = StepPlan(lr, calls, count, extras, (weight,) * len(mine), names)
             return rank.train.remote(plan, *(item.payload for item in mine))
 
         try:
-            total = sum_stats(self._each(f"step {step}", submit))
+            total = sum_stats(self._each(f"step {step + 1}", submit))
         except NumericsError as error:
-            raise NumericsError(f"step {step}: {error}") from None
+            raise NumericsError(f"step {step + 1}, {error}") from None
+        if total.pop("count") != count:
+            raise NumericsError(f"step {step + 1}: the ranks did not train on the {count} terms they were given")
         return {"lr": lr} | {k: v if k.startswith("max_") else v / count for k, v in total.items()}
 
     def publish(self) -> tuple[str, Any, Any]:

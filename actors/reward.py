@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from PIL import Image
 
 from actors.cluster import ClusterConfig
 from actors.waiting import wait_all
+from common.commit import storage_errors
 from common.errors import ConfigError
 from data.rgba import draw_grid
-from data.tasks import TASKS, get_task
+from data.tasks import get_task
 from policy.group import GroupPixels
 from rewards.base import RewardBatch, build, run_scorer
-from rewards.combine import RewardConfig, stack_scores
+from rewards.combine import RewardConfig, active_terms, stack_scores
 from rewards.metrics import sample_metrics
 
 
@@ -39,13 +41,8 @@ class Measured:
 
     terms: dict[str, float]
     metrics: dict[str, float]
-
-
-def active_terms(config: RewardConfig, task: str) -> tuple[int, ...]:
-    """Positions in ``config.terms`` that judge ``task``: those its entry in the task table names, and custom ones."""
-    shipped = {name for entry in TASKS.values() for name in entry.rewards}
-    wanted = get_task(task).rewards
-    return tuple(k for k, t in enumerate(config.terms) if t.name in wanted or (wanted and t.name not in shipped))
+    reasons: tuple[str, ...] = ()
+    """Why scores are missing."""
 
 
 class RewardActor:
@@ -82,12 +79,14 @@ class RewardActor:
         measured = []
         for pixels in groups:
             terms: dict[str, float] = {}
+            reasons: tuple[str, ...] = ()
             if active_terms(self._config, pixels.task):
                 result = self.score(pixels)
                 terms = {name: float(value) for name, value in zip(result.terms, result.scores_TG[:, 0], strict=True)}
+                reasons = result.reasons
             roles = get_task(pixels.task).targets
             layers, targets = torch.tensor(pixels.layers_GLCHW[0]), torch.tensor(pixels.targets_LCHW)
-            measured.append(Measured(terms, sample_metrics(roles, layers, targets)))
+            measured.append(Measured(terms, sample_metrics(roles, layers, targets), reasons))
         return measured
 
     def draw_group(self, path: Path, pixels: GroupPixels, members: int = 6) -> None:
@@ -99,8 +98,7 @@ class RewardActor:
             rows.append([image, *drawn, torch.tensor(truth)])
         count = len(rows[0]) - 2
         titles = ["input", *(f"sample {k}" for k in range(count)), "truth"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(rows, titles, [pixels.prompt, *([""] * (len(rows) - 1))]).save(path)
+        _save(path, draw_grid(rows, titles, [pixels.prompt, *([""] * (len(rows) - 1))]))
 
     def draw_comparison(self, path: Path, titles: Sequence[str], rows: int, *runs: list[GroupPixels]) -> None:
         """PNG: input | one column per run | truth, for the first records; one row per layer."""
@@ -112,8 +110,13 @@ class RewardActor:
                 outputs = [torch.tensor(group.layers_GLCHW[0][layer]) for group in groups]
                 grid.append([image, *outputs, torch.tensor(truth)])
                 prompts.append(first.prompt)
+        _save(path, draw_grid(grid, ["input", *titles, "truth"], prompts))
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(grid, ["input", *titles, "truth"], prompts).save(path)
+        picture.save(path)
 
 
 class RewardPool:
@@ -122,7 +125,7 @@ class RewardPool:
     def __init__(self, config: ClusterConfig, rewards: RewardConfig) -> None:
         role = config.reward
         self._deadline = config.deadline_s
-        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RewardActor)
+        actor = ray.remote(num_cpus=role.cpus)(RewardActor)
         self.actors = [actor.remote(rewards, role.threads) for _ in range(role.actors)]
         wait_all([a.__ray_ready__.remote() for a in self.actors], "reward actors to start", self._deadline)
         self._next = 0
@@ -142,11 +145,6 @@ class RewardPool:
     def draw_comparison(self, path: Path, titles: Sequence[str], rows: int, *runs: Any) -> Any:
         """Draws evaluation groups of several runs side by side into a PNG."""
         return self._pick().draw_comparison.remote(path, titles, rows, *runs)
-
-    def close(self) -> None:
-        """Ends the actors."""
-        for actor in self.actors:
-            ray.kill(actor)
 
     def _pick(self) -> Any:
         self._next += 1

@@ -173,7 +173,7 @@ class RolloutPool:
     def __init__(self, config: ClusterConfig, setup: RolloutSetup) -> None:
         role = config.rollout
         self._deadline = config.deadline_s
-        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RolloutActor)
+        actor = ray.remote(num_cpus=role.cpus)(RolloutActor)
         self.actors = [actor.remote(setup, role.threads) for _ in range(role.actors)]
         wait_all([a.__ray_ready__.remote() for a in self.actors], "rollout actors to start", self._deadline)
 
@@ -198,9 +198,15 @@ class RolloutPool:
         return groups
 
     def load_folder(self, model: Path) -> str:
-        """All actors take a policy folder's transformer; returns its digest."""
-        refs = [actor.load_folder.remote(model) for actor in self.actors]
-        return wait_all(refs, f"weights of {model} to load", self._deadline)[0]
+        """All actors take a policy folder's transformer; returns its digest.
+
+        Raises:
+            ActorError: they do not all hold the same weights afterwards.
+        """
+        held = wait_all([a.load_folder.remote(model) for a in self.actors], f"{model} to load", self._deadline)
+        if len(set(held)) != 1:
+            raise ActorError(f"rollout actors hold different weights after loading {model}: {held}")
+        return held[0]
 
     def generate(self, split: str, chunks: Sequence[Sequence[int]], schedule: ScheduleConfig) -> list[tuple[Any, Any]]:
         """Submits evaluation chunks round robin: (count, pixels) references."""
@@ -208,8 +214,3 @@ class RolloutPool:
             self.actors[number % len(self.actors)].generate.options(num_returns=2).remote(split, chunk, schedule)
             for number, chunk in enumerate(chunks)
         ]
-
-    def close(self) -> None:
-        """Ends the actors."""
-        for actor in self.actors:
-            ray.kill(actor)

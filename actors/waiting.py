@@ -57,7 +57,10 @@ def _get(ref: Any, what: str) -> Any:
         ) from None
     except RayActorError as error:
         log.debug("%s: %s", what, error)
-        reason = str(error).strip().splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if getattr(error, "actor_init_failed", False):  # the last line of the constructor's traceback is its message
+            raise ActorError(f"{what}: {lines[-1].partition(': ')[2] or lines[-1]}") from None
+        reason = lines[0]
         raise ActorError(
             f"{what}: an actor died ({reason}); run the same command again to go on from the last commit"
         ) from None

@@ -42,21 +42,23 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+REFUSAL_TEXTS = ("No space left", "os error 28", "file write failed", "PytorchStreamWriter failed")
+"""How safetensors and torch, which raise their own exceptions, report a full disk."""
+
+
 @contextmanager
 def storage_errors(where: Path) -> Iterator[None]:
     """Turns a refusal of the file system into one message that says what to do."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, StorageError) or error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EROFS,
-            errno.EACCES,
-        ):
+    except Exception as error:
+        refused = isinstance(error, OSError) and error.errno in REFUSALS
+        if isinstance(error, StorageError) or not (refused or any(text in str(error) for text in REFUSAL_TEXTS)):
             raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise StorageError(
-            f"{where}: cannot write ({error.strerror}, {free_mib(where)} MiB free); "
+            f"{where}: cannot write ({reason}, {free_mib(where)} MiB free); "
             "free space or choose another run_dir, then run the same command again: the last commit is intact"
         ) from error
 

@@ -83,10 +83,11 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
-def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_yaml(path: Path, overrides: Sequence[str] = (), shipped: Mapping[str, Path] | None = None) -> dict[str, Any]:
     """Reads YAML, applies ``key=value`` overrides, resolves interpolations.
 
-    A top-level ``base: other.yaml`` (relative to the file) is read first and overridden by the file.
+    A top-level ``base: other.yaml`` (relative to the file, or the name of a ``shipped`` config) is read first and
+    overridden by the file. Environment variables cannot be interpolated: the resolved config is saved and logged.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or an override is not ``key=value``.
@@ -95,7 +96,7 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"override {item!r} is not of the form key=value, for example grpo.steps=20")
     try:
-        tree = OmegaConf.merge(_read_with_bases(path, ()), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.merge(_read_with_bases(path, (), shipped or {}), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, IndexError, ValueError, AssertionError) as error:
         if isinstance(error, ConfigError):
@@ -107,7 +108,7 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
+def _read_with_bases(path: Path, seen: tuple[Path, ...], shipped: Mapping[str, Path]) -> Any:
     if path in seen:
         raise ConfigError(f"{path}: 'base' leads back to itself through {', '.join(map(str, seen))}")
     try:
@@ -116,6 +117,11 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
         raise ConfigError(f"{path}: no such config file; name a shipped one (demo, tiny) or a path to YAML") from None
     except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML text ({error})") from None
+    if "oc.env" in OmegaConf.to_yaml(loaded):
+        raise ConfigError(
+            f"{path}: environment variables do not belong in a config, which is saved with the run; "
+            "components read their secrets from the environment themselves"
+        )
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: the top level must be a mapping of keys to values")
     base = loaded.pop("base", None)
@@ -123,4 +129,5 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Any:
         return loaded
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base must be the name of a YAML file beside this one, not {base!r}")
-    return OmegaConf.merge(_read_with_bases((path.parent / base).resolve(), (*seen, path)), loaded)
+    under = shipped.get(base) or (path.parent / base).resolve()
+    return OmegaConf.merge(_read_with_bases(under, (*seen, path), shipped), loaded)

@@ -6,6 +6,8 @@ committed lineage, dropped for a stated reason, rolled back, or still in flight.
 
 import contextlib
 import json
+import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -31,13 +33,27 @@ class EventLog:
         """Adds one event with its wall-clock time in seconds."""
         line = {"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **fields}
         with storage_errors(self.path):
-            self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=True) + "\n")
+            self._file.write(json.dumps(finite(line), separators=(",", ":"), allow_nan=False) + "\n")
             self._file.flush()
+
+    def sync(self) -> None:
+        """Makes everything written so far durable; comes before a commit that refers to it."""
+        with storage_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Ends the log. Every event was flushed when it was written; what the disk refused then is not tried again."""
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def finite(value: Any) -> Any:
+    """``value`` with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

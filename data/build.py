@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,7 +159,9 @@ def _prepare(config: DataConfig, fetched: Fetched, cache: Path, progress: Progre
 _worker_state: dict = {}
 
 
-def _start_worker(config: DataConfig, libraries: dict[str, Library]) -> None:
+def _start_worker(config: DataConfig, libraries: dict[str, Library], of_pool: bool = True) -> None:
+    if of_pool:  # Ctrl-C reaches every process of a terminal: the builder alone decides, and ends its workers
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker_state.update(config=config, libraries=libraries)
 
 
@@ -187,7 +190,7 @@ def _write_splits(
 ) -> dict[str, dict[str, int]]:
     jobs = [(split, number) for split in SPLITS for number in range(config.scenes(split))]
     if config.workers == 1:
-        _start_worker(config, libraries)
+        _start_worker(config, libraries, of_pool=False)
         return _consume(config, map(_draw, jobs), folder, progress)
     # Spawned, not forked: the caller may hold threads and locks of torch or Ray.
     context = multiprocessing.get_context("spawn")

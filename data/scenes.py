@@ -131,7 +131,8 @@ def _record(
         targets=tuple(stored(role) for role in task.targets),
         caption=item.name,
         photo_group="" if alone else scene.photo.group,
-        object_groups=tuple(f.group for f in scene.foregrounds),
+        # The target's own object comes first: it is what a paired comparison resamples by.
+        object_groups=(item.group, *(f.group for f in scene.foregrounds if f is not item)),
         source=" + ".join(dict.fromkeys(sources)),
         licence=" + ".join(dict.fromkeys(licences)),
     )

@@ -24,7 +24,7 @@ from policy.kernels import KernelConfig
 from policy.programs import GrpoConfig, SftConfig, VaeLossConfig
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
-from rewards.combine import RewardConfig
+from rewards.combine import RewardConfig, active_terms
 
 
 class TrainingConfig(StrictConfig):
@@ -167,10 +167,10 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _rewards_cover_tasks(self) -> "RunConfig":
-        named = {term.name for term in self.rewards.terms}
         for task, weight in self.grpo.tasks.items():
-            if weight and not named & set(get_task(task).rewards):
-                raise ValueError(f"grpo.tasks.{task}: none of the configured rewards ({', '.join(named)}) judges it")
+            if weight and not any(self.rewards.terms[k].weight for k in active_terms(self.rewards, task)):
+                named = ", ".join(term.name for term in self.rewards.terms)
+                raise ValueError(f"grpo.tasks.{task}: none of the configured rewards ({named}) judges it with a weight")
         side = 2 ** (len(self.vae.network.channels) - 1) * 2
         if self.data.size % side:
             raise ValueError(f"data.size {self.data.size} must be a multiple of {side} (VAE factor times patch size)")
@@ -180,18 +180,20 @@ class RunConfig(StrictConfig):
 
     @property
     def folder(self) -> Path:
-        """Absolute run folder."""
-        return (self.run_dir or Path("runs") / self.name).resolve()
+        """Run folder; absolute once :func:`load_config` has filled it in."""
+        return self.run_dir or Path("runs") / self.name
 
     @property
     def dataset_folder(self) -> Path:
-        """Absolute dataset folder."""
-        return self.dataset.resolve() if self.dataset else self.folder / "dataset"
+        """Dataset folder."""
+        return self.dataset or self.folder / "dataset"
 
     def identity(self) -> dict[str, Any]:
-        """What a run folder belongs to: all that changes its results, so not placement, tracking and paths."""
-        outside = ("run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
-        return self.model_dump(mode="json", exclude=dict.fromkeys(outside, True) | {"data": {"workers"}})
+        """What a run folder belongs to: all that changes its results, so not placement, tracking, paths or cadence."""
+        outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
+        cadence = {"commit_every", "pictures_every"}
+        inside = {"data": {"workers"}, "vae": cadence, "sft": cadence, "grpo": cadence}
+        return self.model_dump(mode="json", exclude=dict.fromkeys(outside, True) | inside)
 
     def identity_hash(self) -> str:
         """Short hash of :meth:`identity`, recorded in every commit."""
@@ -216,4 +218,22 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         if name not in shipped:
             raise ConfigError(f"no config {name!r}; shipped ones: {', '.join(shipped)}; or give a path to a .yaml file")
         path = shipped[name]
-    return validate(RunConfig, load_yaml(path, overrides), str(path))
+    config = validate(RunConfig, load_yaml(path, overrides, shipped_configs()), str(path))
+    return _anchored(config)
+
+
+def _anchored(config: RunConfig) -> RunConfig:
+    """Makes every path absolute now: actors and later code run in other working directories."""
+    terms = tuple(
+        term.model_copy(update={"scorer": str(Path(file).resolve()) + ":" + attribute})
+        if (file := term.source.rpartition(":")[0]).endswith(".py") and (attribute := term.source.rpartition(":")[2])
+        else term
+        for term in config.rewards.terms
+    )
+    return config.model_copy(
+        update={
+            "run_dir": config.folder.resolve(),
+            "dataset": config.dataset.resolve() if config.dataset else None,
+            "rewards": config.rewards.model_copy(update={"terms": terms}),
+        }
+    )

@@ -2,9 +2,8 @@
 
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ import numpy as np
 from actors.reward import Measured, RewardPool
 from actors.rollout import RolloutPool
 from actors.waiting import wait_all
-from common.commit import begin, commit
+from common.commit import begin, commit, storage_errors
+from common.events import finite
 from data.records import Record, RecordDataset
 from pipeline.config import RunConfig
 from pipeline.run import Run
@@ -45,6 +45,9 @@ def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
         measured[name] = [entry for part in parts for entry in part]
         pixels[name] = [groups for _, groups in results]
         log.info("eval %s: %d records", name, len(measured[name]))
+        if reasons := Counter(reason for entry in measured[name] for reason in entry.reasons):
+            log.warning("eval %s: %d scores are missing: %s", name, reasons.total(), reasons.most_common(3))
+        run.stop_here("evaluate")
     records = [data.cheap(index) for _, chunk in chunks for index in chunk]
     results_json = summarise(config, records, measured)
     final = run.final("evaluate")
@@ -56,9 +59,10 @@ def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
         columns = [pixels[name][first] for name in POLICIES]
         pictures.append(rewards.draw_comparison(path, [name.upper() for name in POLICIES], stage.rows, *columns))
     wait_all(pictures, "pictures", config.cluster.deadline_s)
-    (temporary / "results.json").write_text(json.dumps(results_json, indent=1) + "\n")
     table = render_table(results_json)
-    (temporary / "table.md").write_text(table)
+    with storage_errors(final):
+        (temporary / "results.json").write_text(json.dumps(finite(results_json), indent=1) + "\n")
+        (temporary / "table.md").write_text(table)
     commit(temporary, final, {"step": 0, "config": config.identity_hash()})
     for task in chosen:
         run.tracker.picture(f"evaluate/{task}", final / f"{task}.png")
@@ -156,8 +160,3 @@ def render_table(results: dict[str, Any]) -> str:
                 f"{row['difference']:+.4f} | [{row['low']:+.4f}, {row['high']:+.4f}] | {row['n']} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def results_of(folder: Path) -> dict[str, Any]:
-    """Reads a finished evaluation."""
-    return json.loads((folder / "results.json").read_text())

@@ -12,8 +12,8 @@ def render_plan(config: RunConfig) -> str:
     """Resolved configuration, actors and cores, as text."""
     rows = placement(config.cluster)
     lines = [yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(), "", "actors:"]
-    lines += [f"  {row.role:8s} {row.actors} processes, {row.cpus:g} CPUs, {row.gpus:g} GPUs" for row in rows]
-    lines.append(f"  total    {sum(row.cpus for row in rows):g} CPUs, {sum(row.gpus for row in rows):g} GPUs")
+    lines += [f"  {row.role:8s} {row.actors} processes, {row.cpus:g} CPUs" for row in rows]
+    lines.append(f"  total    {sum(row.cpus for row in rows):g} CPUs")
     images = config.grpo.prompts * config.grpo.group
     lines += [
         "",
@@ -35,7 +35,7 @@ def check_plan(config: RunConfig) -> None:
     """Compares the placement with the cluster that the run would use.
 
     Raises:
-        PlacementError: too few cores or GPUs.
+        PlacementError: too few cores.
         ClusterError: no cluster answers at the configured address.
     """
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
@@ -44,6 +44,4 @@ def check_plan(config: RunConfig) -> None:
         with connected(config.cluster):
             pass
     else:
-        import torch
-
-        check_placement(config.cluster, config.cluster.cpus or os.cpu_count() or 1, torch.cuda.device_count())
+        check_placement(config.cluster, config.cluster.cpus or os.cpu_count() or 1)

@@ -41,6 +41,8 @@ class Run:
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("w")
+            (self.folder / "events.jsonl").open("a").close()
+            (self.folder / "log.txt").open("a").close()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -57,11 +59,17 @@ class Run:
         self.events.write("run_started", config=config.identity_hash(), pid=os.getpid())
         self.tracker = Tracker(config, self.folder)
         self._stop: int | None = None
+        self._stop_at = 0.0
 
     def _claim(self) -> None:
         identity, path = self.config.identity(), self.folder / "identity.json"
         if path.exists():
-            theirs = json.loads(path.read_text())
+            try:
+                theirs = json.loads(path.read_text())
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{path}: damaged ({error}); this run folder cannot be trusted, use another"
+                ) from None
             if theirs != identity:
                 keys = ", ".join(_differences(theirs, identity)[:6])
                 raise ConfigError(
@@ -71,6 +79,20 @@ class Run:
         else:
             write_atomic(path, json.dumps(identity, indent=1, sort_keys=True) + "\n")
         write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+
+    def claim_dataset(self, digest: str) -> None:
+        """Binds the run to the content of its dataset.
+
+        Raises:
+            ConfigError: the run was begun on other data.
+        """
+        path = self.folder / "dataset.digest"
+        if path.exists() and path.read_text().strip() != digest:
+            raise ConfigError(
+                f"{self.config.dataset_folder}: not the data this run began with (content digest {digest[:12]}…, the "
+                f"run's is {path.read_text()[:12]}…); name its dataset, or give this run another run_dir"
+            )
+        write_atomic(path, digest + "\n")
 
     def close(self) -> None:
         """Flushes and releases everything."""
@@ -120,8 +142,9 @@ class Run:
         def ask(number: int, _: FrameType | None) -> None:
             if self._stop is not None:
                 raise KeyboardInterrupt
-            self._stop = number
-            log.info("asked to stop (%s): finishing the step", signal.Signals(number).name)
+            self._stop, self._stop_at = number, time.monotonic()
+            # Not through logging, whose locks this very thread may hold.
+            os.write(2, f"asked to stop ({signal.Signals(number).name}): finishing the step\n".encode())
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -133,6 +156,19 @@ class Run:
     @property
     def stop_requested(self) -> bool:
         return self._stop is not None
+
+    def stop_here(self, stage: str) -> None:
+        """Ends the run if it was asked to stop, at a point where nothing needs saving.
+
+        Raises:
+            Interrupted: it was.
+        """
+        if self.stop_requested:
+            raise Interrupted(f"stopped in stage '{stage}'; the same command goes on from the last commit")
+
+    def grace_left(self) -> float:
+        """Seconds until whoever asked to stop loses patience."""
+        return self.config.stop_grace_s - (time.monotonic() - self._stop_at)
 
 
 class Progress:
@@ -153,13 +189,13 @@ class Progress:
         found = latest(self._root, lambda reason: log.warning("skipped a damaged commit: %s", reason))
         retain(self._root, self._run.config.keep_commits)
         self.committed = found.step if found else 0
-        past = [e for e in read_events(self._run.events.path) if e.get("stage") == self._stage]
+        past = read_events(self._run.events.path)
         if found:
             if found.facts["config"] != self._run.config.identity_hash():
                 raise CheckpointError(f"{found.path}: made under another configuration; give this run another run_dir")
             restore(found.path)
             log.info("%s: going on from the commit of step %d", self._stage, self.committed)
-        if past:
+        if any(e.get("stage") == self._stage and e.get("step", 0) > self.committed for e in past):
             self._run.events.write("rollback", stage=self._stage, to_step=self.committed)
         return self.committed
 
@@ -169,25 +205,23 @@ class Progress:
         Raises:
             Interrupted: SIGTERM or Ctrl-C; the message says at which commit the next run goes on.
         """
-        last = step == self._steps
-        if not last and (step % self._every == 0 or (self._run.stop_requested and self._fits())):
+        due = step % self._every == 0 or step == self._steps
+        if due or (self._run.stop_requested and self._commit_seconds < self._run.grace_left()):
             start = time.monotonic()
             self._commit(step, save, facts or {})
             self._commit_seconds = time.monotonic() - start
-        if self._run.stop_requested and not last:
+        if self._run.stop_requested:
             raise Interrupted(
                 f"stopped in stage '{self._stage}' after step {step}; "
                 f"the same command goes on from step {self.committed}"
             )
-
-    def _fits(self) -> bool:
-        return self._commit_seconds < self._run.config.stop_grace_s / 2
 
     def _commit(self, step: int, save: Callable[[Path], None], facts: dict[str, Any]) -> Commit:
         folder = step_folder(self._root, step)
         temporary = begin(folder)
         with storage_errors(folder):
             save(temporary)
+        self._run.events.sync()
         made = commit(temporary, folder, {"step": step, "config": self._run.config.identity_hash(), **facts})
         retain(self._root, self._run.config.keep_commits)
         self.committed = step
@@ -195,7 +229,7 @@ class Progress:
         return made
 
     def finish(self, write: Callable[[Path], None], facts: dict[str, Any] | None = None) -> Path:
-        """Commits the stage's result; training commits are removed only afterwards."""
+        """Commits the stage's result. The last training commit stays, so that the stage could be prolonged."""
         final = self._run.final(self._stage)
         temporary = begin(final)
         with storage_errors(final):

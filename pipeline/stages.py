@@ -12,12 +12,13 @@ from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
 from common.errors import StorageError
 from data.build import build_dataset
-from data.records import RecordDataset
+from data.records import RecordDataset, content_digest
 from pipeline.config import RunConfig
 from pipeline.evaluate import run_evaluate
 from pipeline.grpo import run_grpo
 from pipeline.run import Run
 from pipeline.train import run_sft, run_vae
+from rewards.base import build
 
 log = logging.getLogger("omnialpha")
 
@@ -30,18 +31,13 @@ def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
     """Runs ``stages`` in order on one cluster; a stage whose result is there is skipped."""
     run = Run(config)
     try:
-        with run.signals():
-            todo = [stage for stage in stages if not run.done(stage)]
-            for stage in stages:
-                if stage not in todo:
-                    log.info("%s: done, skipped", stage)
-            if todo:
-                for stage in todo:
-                    for needed in NEEDS[stage]:
-                        if needed not in todo:
-                            run.require(needed, wanted_by=stage)
-                ensure_dataset(config)
-                _run_on_cluster(run, todo)
+        todo = [stage for stage in stages if not run.done(stage)]
+        for stage in stages:
+            if stage not in todo:
+                log.info("%s: done, skipped", stage)
+        if todo:
+            _prepare(run, todo)
+            _run_on_cluster(run, todo)
         log.info("run folder: %s", run.folder)
     except BaseException as error:
         with contextlib.suppress(StorageError):  # a full disk must not hide the error that brought us here
@@ -50,6 +46,19 @@ def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
         raise
     finally:
         run.close()
+
+
+def _prepare(run: Run, todo: Sequence[str]) -> None:
+    """Everything that can be found out without actors: earlier stages, scorers, data."""
+    config = run.config
+    for stage in todo:
+        for needed in NEEDS[stage]:
+            if needed not in todo:
+                run.require(needed, wanted_by=stage)
+    for term in config.rewards.terms:
+        build(term.source, term.params)
+    ensure_dataset(config)
+    run.claim_dataset(content_digest(config.dataset_folder))
 
 
 class Actors:
@@ -80,6 +89,7 @@ def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
     with connected(run.config.cluster), run.signals():
         actors = Actors(run)
         for stage in todo:
+            run.stop_here(stage)
             began = time.monotonic()
             run.events.write("stage_started", stage=stage)
             match stage:

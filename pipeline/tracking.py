@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from common.errors import ConfigError
 from pipeline.config import RunConfig
 
 log = logging.getLogger("omnialpha")
@@ -42,14 +43,23 @@ class Tracker:
             import wandb
 
             logging.getLogger("wandb").setLevel(logging.ERROR)
-            self._run = wandb.init(
-                mode=self._config.tracking.wandb,
-                project=self._config.tracking.project,
-                name=self._config.name,
-                dir=str(self._folder),
-                config=self._config.model_dump(mode="json"),
-                settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True),
-            )
+            mode = self._config.tracking.wandb
+            try:
+                self._run = wandb.init(
+                    mode=mode,
+                    project=self._config.tracking.project,
+                    name=self._config.name,
+                    id=f"{self._config.name}-{self._config.identity_hash()}",
+                    resume="allow",  # a run that was killed goes on as the same wandb run
+                    dir=str(self._folder),
+                    config=self._config.model_dump(mode="json"),
+                    settings=wandb.Settings(console="off", silent=True, save_code=False, disable_git=True),
+                )
+            except (wandb.Error, OSError) as error:
+                raise ConfigError(
+                    f"wandb ({mode}) did not start: {error}; set WANDB_API_KEY in the environment for online mode, or "
+                    "tracking.wandb=offline or disabled"
+                ) from None
             for stage in ("vae", "sft", "grpo"):
                 self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         return self._run

@@ -67,7 +67,9 @@ def _train(run: Run, stage: str, config: BatchedConfig, learner: LearnerGroup, m
         for k in range(config.micro_batches):
             position = step * config.micro_batches + k
             draw = sampler.draw(position, config.micro_batch)
-            items.append(Item(Batch(position, draw), count=config.micro_batch, cost=get_task(draw.task).images))
+            items.append(
+                Item(Batch(position, draw), config.micro_batch, cost=get_task(draw.task).images, name=draw.task)
+            )
         record = learner.train(step, items)
         done, now = step + 1, time.monotonic()
         per_step = (now - began) / (done - start)

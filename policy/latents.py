@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common.commit import storage_errors
 from common.errors import CheckpointError
 from data.records import RecordDataset
 from policy.folder import load_vae
@@ -24,7 +25,8 @@ def write_latent_shard(path: Path, latents: Mapping[str, torch.Tensor]) -> None:
     """Writes raw latents (C, H, W) keyed by pixel digest; all of one shape."""
     digests = sorted(latents)
     stacked = torch.stack([latents[digest] for digest in digests]).to(torch.float16)
-    save_file({"latents": stacked}, path, metadata={"digests": json.dumps(digests)})
+    with storage_errors(path):
+        save_file({"latents": stacked}, path, metadata={"digests": json.dumps(digests)})
 
 
 class LatentCache:

@@ -12,7 +12,6 @@ from pydantic import Field
 from common.config import StrictConfig
 from common.errors import CheckpointError
 
-
 INITIAL_LOGVAR = -6.0
 
 

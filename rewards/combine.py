@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from common.config import StrictConfig
 from common.errors import RewardError
+from data.tasks import TASKS, get_task
 from rewards.base import Scores
 
 Array = np.ndarray
@@ -64,6 +65,16 @@ class RewardConfig(StrictConfig):
         if not any(term.weight for term in terms):
             raise ValueError("every term has weight 0, so that nothing is left to train on; give one a weight")
         return terms
+
+
+def active_terms(config: RewardConfig, task: str) -> tuple[int, ...]:
+    """Positions in ``config.terms`` that judge ``task``.
+
+    A shipped term judges the tasks whose entry in the task table names it; a custom one every task that has rewards.
+    """
+    shipped = {name for entry in TASKS.values() for name in entry.rewards}
+    wanted = get_task(task).rewards
+    return tuple(k for k, t in enumerate(config.terms) if t.name in wanted or (wanted and t.name not in shipped))
 
 
 def stack_scores(scores: Sequence[Scores], missing: Literal["drop", "fail"], where: str) -> Array:

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from actors.reward import GroupScores, RewardActor, active_terms
+from actors.reward import GroupScores, RewardActor
 from actors.rollout import Group
 from common.errors import ConfigError, NumericsError
 from pipeline.grpo import check_first_ratio, select
 from policy.group import GroupMeta, GroupPixels, GroupRequest
-from rewards.combine import RewardConfig, TermConfig
+from rewards.combine import RewardConfig, TermConfig, active_terms
 
 CONFIG = RewardConfig(terms=(TermConfig(name="layer"), TermConfig(name="boundary"), TermConfig(name="composition")))
 
@@ -48,7 +48,7 @@ def test_a_member_without_scores_is_missing_and_not_zero():
     assert np.nanmean(advantages) == pytest.approx(0, abs=1e-12)
     assert batch.items[0].count == 2 * 2
     assert batch.rewards["reward"] == pytest.approx(0.2)
-    assert batch.missing == 2
+    assert batch.reasons == {"broken": 2}
 
 
 def test_a_group_below_the_minimum_is_dropped_with_its_reason():
