@@ -105,8 +105,8 @@ class LearnerRank:
         os.environ["DS_ACCELERATOR"] = "cpu"
         if address == LOOPBACK:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        listening = {"master_listen_fd": self._socket.detach()} if self._socket is not None else {}
-        store = torch.distributed.TCPStore(address, port, world, is_master=self._rank == 0, **listening)
+        listening = self._socket.detach() if self._socket is not None else None
+        store = torch.distributed.TCPStore(address, port, world, is_master=self._rank == 0, master_listen_fd=listening)
         torch.distributed.init_process_group("gloo", store=store, rank=self._rank, world_size=world)
         import deepspeed
 

@@ -192,8 +192,8 @@ class RunConfig(StrictConfig):
         """What a run folder belongs to: all that changes its results, so not placement, tracking, paths or cadence."""
         outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
         cadence = {"commit_every", "pictures_every"}
-        inside = {"data": {"workers"}, "vae": cadence, "sft": cadence, "grpo": cadence}
-        return self.model_dump(mode="json", exclude=dict.fromkeys(outside, True) | inside)
+        exclude: dict[str, Any] = {"data": {"workers"}, "vae": cadence, "sft": cadence, "grpo": cadence}
+        return self.model_dump(mode="json", exclude=exclude | dict.fromkeys(outside, True))
 
     def identity_hash(self) -> str:
         """Short hash of :meth:`identity`, recorded in every commit."""

@@ -67,9 +67,7 @@ class Run:
             try:
                 theirs = json.loads(path.read_text())
             except ValueError as error:
-                raise CheckpointError(
-                    f"{path}: damaged ({error}); this run folder cannot be trusted, use another"
-                ) from None
+                raise CheckpointError(f"{path}: damaged ({error}); give this run another run_dir") from None
             if theirs != identity:
                 keys = ", ".join(_differences(theirs, identity)[:6])
                 raise ConfigError(
