@@ -197,7 +197,7 @@ class GrpoConfig(StrictConfig):
     """The clipped policy-gradient objective."""
 
     clip_range: float = Field(1e-3, gt=0)
-    """ε of the clipped ratio. Ratios spread as 1/√(latent size): choose it from the logged clip fraction."""
+    """ε of the clipped ratio. With one optimiser step per batch of rollouts the ratio is 1 and nothing is clipped yet."""
 
 
 class GrpoProgram:
