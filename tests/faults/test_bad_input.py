@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from data.rgba import decode_array, encode_png, image_digest, to_uint8_hwc
 from pipeline.cli import main
 from tests.integration.test_whole_loop import OMNIALPHA, environment
 
@@ -89,6 +92,90 @@ def test_a_stage_without_the_stage_before_it_says_which_command_to_run(capsys, t
         )
         assert code == 1
         assert f"omnialpha {missing}" in message
+
+
+def test_a_misspelt_scorer_is_named_before_actors_start(capsys, tmp_path, real_dataset):
+    config = tmp_path / "mine.yaml"
+    config.write_text("base: tiny\nrewards: {terms: [{name: layer}, {name: mine, scorer: boundry}]}\n")
+    folders = [f"run_dir={tmp_path / 'run'}", f"dataset={real_dataset}"]
+    code, message = run_main(capsys, "run", str(config), *folders, "tracking.wandb=disabled")
+    assert code == 2
+    assert "boundry" in message
+    assert "boundary" in message
+
+
+def test_a_run_goes_on_only_with_the_data_it_began_with(capsys, tmp_path, real_dataset):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "dataset.digest").write_text("0" * 64 + "\n")
+    code, message = run_main(
+        capsys, "vae", "tiny", f"run_dir={run}", f"dataset={real_dataset}", "tracking.wandb=disabled"
+    )
+    assert code == 2
+    assert "not the data this run began with" in message
+
+
+def test_a_config_with_only_the_users_own_scorer_is_accepted(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def opaque(batch):\n    return batch.layers_GLCHW[:, 0, 3].mean(dim=(1, 2))\n")
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"base: tiny\nrewards: {{terms: [{{name: mine, scorer: '{tmp_path}/mine.py:opaque'}}]}}\n")
+    assert main(["plan", str(config)]) == 0
+    assert "mine.py:opaque" in capsys.readouterr().out
+
+
+def test_secrets_cannot_be_drawn_into_a_config(capsys, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("base: tiny\ntracking: {project: '${oc.env:HOME}'}\n")
+    code, message = run_main(capsys, "plan", str(config))
+    assert code == 2
+    assert "environment" in message
+
+
+def spoilt_dataset(source: Path, folder: Path, spoil) -> Path:
+    """A copy of a dataset in which ``spoil`` has changed the targets (png, digest) of every training row."""
+    shutil.copytree(source, folder)
+    for shard in folder.glob("train-*.parquet"):
+        table = pq.read_table(shard)
+        columns = [table.column(name).to_pylist() for name in ("target_images", "target_digests")]
+        pairs = [[spoil(*pair) for pair in zip(*row, strict=True)] for row in zip(*columns, strict=True)]
+        for part, name in enumerate(("target_images", "target_digests")):
+            field = table.schema.field(name)
+            values = pa.array([[pair[part] for pair in row] for row in pairs], field.type)
+            table = table.set_column(table.schema.get_field_index(name), field, values)
+        pq.write_table(table, shard)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["an undecodable image", "a foreground without alpha"])
+def test_a_bad_image_is_named_by_file_row_and_field(capsys, tmp_path, real_dataset, what):
+    def undecodable(png: bytes, digest: str) -> tuple[bytes, str]:
+        return b"not a picture", digest
+
+    def opaque(png: bytes, digest: str) -> tuple[bytes, str]:
+        pixels = decode_array(png, "test").copy()
+        pixels[..., 3] = 1
+        return encode_png(pixels), image_digest(to_uint8_hwc(pixels))
+
+    spoil = undecodable if what == "an undecodable image" else opaque
+    folder = spoilt_dataset(real_dataset, tmp_path / "spoilt", spoil)
+    code, message = run_main(capsys, "data", "verify", str(folder))
+    assert code == 1
+    assert "train-" in message
+    assert "row" in message
+    assert "target_images[" in message
+
+
+def test_the_doctor_names_what_it_looked_for(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for expected in ("python", "deepspeed", "g++", "npm", "memory", "cores"):
+        assert f"ok      {expected}: " in out
+
+
+def test_a_contact_sheet_is_drawn_from_the_command_line(capsys, tmp_path, real_dataset):
+    sheet = tmp_path / "sheet.png"
+    assert main(["data", "inspect", str(real_dataset), "--split", "test", "--rows", "1", "--out", str(sheet)]) == 0
+    assert sheet.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_folder_of_another_configuration_is_not_touched(capsys, tmp_path, real_dataset):

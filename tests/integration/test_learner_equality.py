@@ -11,9 +11,10 @@ import torch
 from actors.cluster import ClusterConfig, RoleConfig
 from actors.engine import EngineConfig, OptimiserConfig
 from actors.learner import Item, LearnerGroup
+from common.errors import NumericsError
 from policy.folder import load_transformer
 from policy.programs import make_grpo_program
-from policy.weights import load_packed
+from policy.weights import digest, load_packed
 from tests.integration.policies import (
     KERNEL,
     OBJECTIVE,
@@ -64,7 +65,13 @@ def learners(ray_cluster):
 
 def items(groups) -> list[Item]:
     return [
-        Item(ray.put(trajectory), count=advantages.size * 2, cost=len(trajectory.text_TD), calls=2, extra=advantages)
+        Item(
+            ray.put(trajectory),
+            count=advantages.size * len(trajectory.steps),
+            cost=len(trajectory.text_TD),
+            calls=2,
+            extra=advantages,
+        )
         for trajectory, advantages in groups
     ]
 
@@ -103,6 +110,10 @@ def test_a_dropped_micro_batch_would_be_noticed(learners, policy, steps, referen
     dropped = [[(broken, advantages), *steps[0][1:]], *steps[1:]]
     weights, _ = train(learners(2), policy, dropped, 1)
     assert relative_change(before, weights, after) > 1e-2
+    # Through the product's own accounting the same loss of a micro-batch cannot even finish a step.
+    lost = [Item(ray.put(broken), advantages.size * 2, 1.0, calls=2, extra=advantages)]
+    with pytest.raises(NumericsError, match="did not train on"):
+        learners(2).train(0, lost)
 
 
 def test_ranks_without_work_take_part_with_weight_zero(learners, policy, steps, reference):
@@ -110,6 +121,26 @@ def test_ranks_without_work_take_part_with_weight_zero(learners, policy, steps, 
     before, after = plain_torch_weights(policy, single, LR)
     weights, _ = train(learners(2), policy, single, 1)
     assert relative_change(before, weights, after) <= 1e-3
+
+
+def test_terms_lost_between_driver_and_loss_stop_the_run(learners, policy, steps):
+    make = functools.partial(make_grpo_program, policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas())
+    learner = learners(1)
+    learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
+    trajectory, advantages = steps[0][0]
+    with pytest.raises(NumericsError, match="step 1: the ranks did not train on the 99 terms"):
+        learner.train(0, [Item(ray.put(trajectory), count=99, cost=1.0, calls=2, extra=advantages)])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_group(learners, policy, steps):
+    make = functools.partial(make_grpo_program, policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas())
+    learner = learners(1)
+    learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
+    trajectory, advantages = steps[0][0]
+    with pytest.raises(NumericsError, match=r"step 1, group 7\.3: loss is inf before the optimiser step"):
+        learner.train(0, [Item(ray.put(trajectory), 6, 1.0, calls=2, extra=advantages - np.inf, name="group 7.3")])
+    name, _, _ = learner.publish()
+    assert name == digest(load_transformer(policy).state_dict())
 
 
 def test_a_member_without_score_is_left_out_of_loss_and_count(learners, policy, steps):

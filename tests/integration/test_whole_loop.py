@@ -62,10 +62,10 @@ def finished(tmp_path_factory, real_dataset) -> tuple[Path, subprocess.Completed
     for name in ("data", "rewards", "policy", "configs"):
         (home / name).mkdir()
         (home / name / "__init__.py").write_text("raise RuntimeError('the user folder was imported')\n")
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    done = subprocess.run(
-        command(run, real_dataset), cwd=home, env=environment(run), capture_output=True, text=True, timeout=420
-    )
+    run = home / "mine" / "whole"
+    # Relative paths, as a person types them.
+    arguments = command(Path("mine/whole"), Path(os.path.relpath(real_dataset, home)))
+    done = subprocess.run(arguments, cwd=home, env=environment(run), capture_output=True, text=True, timeout=420)
     return run, done
 
 
@@ -106,7 +106,12 @@ def test_every_launched_group_is_accounted_for(finished):
 def test_the_first_ratio_is_exactly_one(finished):
     steps = [e for e in read_events(finished[0] / "events.jsonl") if e["event"] == "step" and e["stage"] == "grpo"]
     assert len(steps) == 4
-    assert all(step["max_ratio_error"] <= 1e-6 for step in steps)
+    assert all(step["max_ratio_error"] == 0.0 for step in steps)
+    assert all(step["ratio"] == 1.0 for step in steps)
+
+
+def test_an_uninterrupted_run_rolls_nothing_back(finished):
+    assert not [e for e in read_events(finished[0] / "events.jsonl") if e["event"] == "rollback"]
 
 
 def test_wandb_keeps_an_offline_run(finished):
