@@ -197,7 +197,7 @@ class GrpoConfig(StrictConfig):
     """The clipped policy-gradient objective."""
 
     clip_range: float = Field(1e-3, gt=0)
-    """ε of the clipped ratio. With one optimiser step per batch of rollouts the ratio is 1 and nothing is clipped yet."""
+    """ε of the clipped ratio. With one optimiser step per batch of rollouts the ratio is 1 and the clip is idle."""
 
 
 class GrpoProgram:
