@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         PlacementError: the cluster is too small for the configured actors.
     """
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    _reach(address)
     if address == "local":
         check_placement(config, config.cpus or os.cpu_count() or 1)
     options: dict = {}
@@ -104,16 +106,35 @@ def connected(config: ClusterConfig) -> Iterator[None]:
                     address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="omnialpha", **options
                 )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            if address == "local":
-                raise ClusterError(f"Ray did not start on this machine: {reason}; see /tmp/ray for its logs") from None
-            raise ClusterError(
-                f"cannot reach Ray at {address!r}: {reason}; start a cluster there (`ray start --head`), or unset "
-                "cluster.address and RAY_ADDRESS to run locally"
-            ) from None
+            raise ClusterError(_unreachable(address, error)) from None
         try:
             resources = ray.cluster_resources()
             check_placement(config, resources.get("CPU", 0))
             yield
         finally:
             ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Ray ends the whole process when nobody answers at ``host:port``: ask first.
+
+    Raises:
+        ClusterError: nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "//" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ClusterError(_unreachable(address, error)) from None
+
+
+def _unreachable(address: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if address == "local":
+        return f"Ray did not start on this machine: {reason}; see /tmp/ray for its logs"
+    return (
+        f"cannot reach Ray at {address!r}: {reason}; start a cluster there (`ray start --head`), or unset "
+        "cluster.address and RAY_ADDRESS to run locally"
+    )

@@ -49,7 +49,7 @@ def _get(ref: Any, what: str) -> Any:
         return ray.get(ref)
     except RayTaskError as error:
         cause = error.cause
-        log.debug("traceback of %s:\n%s", what, error.traceback_str)
+        log.debug("%s failed:\n%s", what, error)
         if isinstance(cause, OmniAlphaError):
             raise cause from None
         raise ActorError(

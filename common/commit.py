@@ -43,7 +43,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-REFUSAL_TEXTS = ("No space left", "os error 28", "file write failed", "PytorchStreamWriter failed")
+REFUSAL_TEXTS = ("No space left", "os error 28", "file write failed", "inline_container.cc")
 """How safetensors and torch, which raise their own exceptions, report a full disk."""
 
 

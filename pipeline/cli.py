@@ -22,6 +22,7 @@ STAGE_HELP = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Expected errors end as one message and a documented exit code (2: configuration, 130: stopped)."""
     options = _parser().parse_args(arguments)
+    logging.raiseExceptions = False  # a log file on a full disk must not bury the message below
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.DEBUG)
     log.propagate = False

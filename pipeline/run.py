@@ -6,6 +6,7 @@ runs/<name>/  identity.json config.yaml events.jsonl log.txt
               evaluate/final/     results.json, table.md, grids
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -94,11 +95,10 @@ class Run:
 
     def close(self) -> None:
         """Flushes and releases everything."""
-        self.tracker.close()
-        self.events.close()
         log.removeHandler(self._log_file)
-        self._log_file.close()
-        self._lock.close()
+        for thing in (self.tracker, self.events, self._log_file, self._lock):
+            with contextlib.suppress(OSError):  # what a full disk refused was reported when it was written
+                thing.close()
 
     def final(self, stage: str) -> Path:
         """Where ``stage`` leaves its result."""

@@ -44,8 +44,9 @@ def head(tmp_path_factory) -> Iterator[tuple[dict[str, str], str]]:
     address = f"http://127.0.0.1:{dashboard}"
 
     def ready() -> bool:
-        listed = subprocess.run([RAY, "job", "list", "--address", address], env=env, capture_output=True, timeout=60)
-        return listed.returncode == 0
+        # The job agent starts after everything else; until then submissions are refused.
+        probe = [RAY, "job", "submit", "--no-wait", "--address", address, "--", "true"]
+        return subprocess.run(probe, env=env, capture_output=True, timeout=60).returncode == 0
 
     try:
         wait_until(ready, 120, "the start of the Ray head")
