@@ -38,7 +38,7 @@ def diagnose() -> list[Finding]:
         path = shutil.which(tool, path=search)
         findings.append(Finding(tool, path is not None, path or f"not found; {purpose}"))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    findings.append(Finding("memory", memory >= 8, f"{memory:.0f} GiB (the demo needs about 8)"))
+    findings.append(Finding("memory", memory >= 8, f"{memory:.0f} GiB (the demo took 4.5)"))
     disk = shutil.disk_usage(os.getcwd()).free / 2**30
     findings.append(Finding("disk", disk >= 5, f"{disk:.0f} GiB free here"))
     findings.append(Finding("cores", (os.cpu_count() or 1) >= 2, f"{os.cpu_count()} (the demo wants 2)"))
