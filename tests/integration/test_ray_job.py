@@ -37,7 +37,9 @@ def head(tmp_path_factory) -> Iterator[tuple[dict[str, str], str]]:
     }
     start = [
         *(RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"),
-        *(f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"),
+        # Every fixed default port is replaced: another Ray on this machine (the tests' own) may hold it.
+        *(f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-port={dashboard}"),
+        *("--dashboard-host=127.0.0.1", f"--temp-dir={folder}"),
         *("--object-store-memory=200000000", "--disable-usage-stats", "--block"),
     ]
     process = subprocess.Popen(start, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -46,10 +48,13 @@ def head(tmp_path_factory) -> Iterator[tuple[dict[str, str], str]]:
     def ready() -> bool:
         # The job agent starts after everything else; until then submissions are refused.
         probe = [RAY, "job", "submit", "--no-wait", "--address", address, "--", "true"]
-        return subprocess.run(probe, env=env, capture_output=True, timeout=60).returncode == 0
+        try:
+            return subprocess.run(probe, env=env, capture_output=True, timeout=120).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
 
     try:
-        wait_until(ready, 120, "the start of the Ray head")
+        wait_until(ready, 240, "the start of the Ray head")
         yield env, address
     finally:
         process.terminate()
