@@ -21,7 +21,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	$(BIN)/python -c 'import pymatting'
-	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python deploy/build_ops.py
+	DS_ACCELERATOR=cpu $(BIN)/python -m actors.operator_cache
 	@touch $@
 
 demo: setup

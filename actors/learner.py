@@ -20,6 +20,7 @@ import torch
 from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, sum_stats
+from actors.operator_cache import load_operator
 from actors.waiting import wait_all
 from common.commit import storage_errors
 from common.errors import ClusterError, NumericsError
@@ -108,6 +109,7 @@ class LearnerRank:
         listening = self._socket.detach() if self._socket is not None else None
         store = torch.distributed.TCPStore(address, port, world, is_master=self._rank == 0, master_listen_fd=listening)
         torch.distributed.init_process_group("gloo", store=store, rank=self._rank, world_size=world)
+        load_operator()
         import deepspeed
 
         deepspeed.init_distributed("gloo", verbose=False)  # takes over the group that is there
