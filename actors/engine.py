@@ -70,6 +70,9 @@ class Engine:
         self.world = torch.distributed.get_world_size()
         self.module = module
         parameters = [p for p in module.parameters() if p.requires_grad]
+        # By name and once: a program may switch between adapters, and with them what carries gradients.
+        self._trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        self._partly = len(self._trained) < sum(1 for _ in module.parameters())
         self.engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=parameters,
@@ -141,15 +144,19 @@ class Engine:
         return norm
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Full weights by name; under ZeRO 3 all ranks must call it together."""
+        """The weights that training changes, whole, by name; with a frozen base only what is trained on top of it.
+
+        Under ZeRO 3 all ranks must call it together.
+        """
         if self.config.zero_stage < 3:
-            return dict(self.module.state_dict())
+            state = dict(self.module.state_dict())
+            return {name: state[name] for name in self._trained} if self._partly else state
         import deepspeed
 
-        parameters = dict(self.module.named_parameters())
+        parameters = {name: p for name, p in self.module.named_parameters() if name in self._trained}
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
             gathered = {name: value.detach().clone() for name, value in parameters.items()}
-        return gathered | dict(self.module.named_buffers())
+        return gathered if self._partly else gathered | dict(self.module.named_buffers())
 
     def published(self) -> dict[str, torch.Tensor]:
         """What the stage hands on: averaged weights where averaging is on, else the weights."""
@@ -169,7 +176,8 @@ class Engine:
             CheckpointError: the state is not there, or was written by another number of ranks.
         """
         try:
-            path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+            # A frozen base is not in the checkpoint: it came from the folder that training started from.
+            path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_module_strict=not self._partly)
         except Exception as error:  # DeepSpeed raises bare assertions and runtime errors here
             raise CheckpointError(
                 f"{folder}: the training state cannot be loaded ({str(error)[:200] or error!r});"

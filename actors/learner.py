@@ -10,10 +10,11 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
@@ -149,6 +150,22 @@ class LearnerRank:
         norm = engine.step(plan.lr)
         return sum_stats(stats) | {"max_grad_norm": norm, "max_seconds": time.perf_counter() - start}
 
+    def begin_batch(self) -> None:
+        """Tells the program that a new batch of rollouts arrives."""
+        self._rl_program().begin_batch(self._ready().weights)
+
+    def recompute(self, spare: int, *payloads: Any) -> Any:
+        """This rank's groups with its own log-probabilities, then the largest |ratio − 1| to the delivered ones.
+
+        ``spare`` repeats of the last group keep the ranks' forward passes equal in number.
+        """
+        program, engine = self._rl_program(), self._ready().engine
+        results = [program.recompute(engine, payload) for payload in payloads]
+        for _ in range(spare):
+            program.recompute(engine, payloads[-1])
+        groups, errors = zip(*results, strict=True)
+        return (*groups, float(np.max(errors)))  # a NaN must not hide behind another group's number
+
     def publish(self) -> tuple[Any, Any]:
         """((digest, index), buffer) of the weights; (None, None) except on rank 0."""
         weights = self._ready().weights()
@@ -173,6 +190,10 @@ class LearnerRank:
     def encode(self, model: Path, dataset: Path, work: tuple[list[int], frozenset[str]], out: Path) -> LatentSums:
         """Encodes this rank's share of the training split (between stages: no engine needed)."""
         return encode_records(model, RecordDataset(dataset, "train"), *work, out)
+
+    def _rl_program(self) -> Any:
+        assert self._program is not None
+        return self._program
 
     def _ready(self) -> Engine:
         if self._engine is None:
@@ -243,6 +264,28 @@ class LearnerGroup:
         if total.pop("count") != count:
             raise NumericsError(f"step {step + 1}: the ranks did not train on the {count} terms they were given")
         return {"lr": lr} | {k: v if k.startswith("max_") else v / count for k, v in total.items()}
+
+    def begin_batch(self) -> None:
+        """Before the first update on a batch of rollouts."""
+        self._each("begin a batch", lambda r, _: r.begin_batch.remote())
+
+    def recompute(self, items: Sequence[Item]) -> tuple[list[Item], float]:
+        """The items with the learner's own old log-probabilities, and the largest |ratio − 1| to the delivered ones.
+
+        The groups stay in the object store: the driver gets references.
+        """
+        shares = balance([item.cost for item in items], self.world)
+        calls = [sum(items[i].calls for i in share) for share in shares]
+        busiest, fresh, errors = max(calls), dict[int, Item](), []
+        for rank, share, own in zip(self._ranks, shares, calls, strict=True):
+            mine = share or [0]  # a rank without work takes part in the collectives and throws its result away
+            spare = (busiest - own if share else busiest - items[0].calls) // items[mine[-1]].calls
+            method = rank.recompute.options(num_returns=len(mine) + 1)
+            *refs, error = method.remote(spare, *(items[i].payload for i in mine))
+            errors.append(error)
+            fresh |= {i: replace(items[i], payload=ref) for i, ref in zip(share, refs, strict=False)}
+        worst = np.max(self._all(errors, "learner ranks: old log-probabilities"))
+        return [fresh[i] for i in range(len(items))], float(worst)
 
     def publish(self) -> tuple[str, Any, Any]:
         """(digest, index, buffer reference) of the current weights. The buffer stays in the object store."""

@@ -24,8 +24,11 @@ def load_operator() -> None:
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory
 
-    # One ninja for all: another version finds every command changed and builds again. Ours lies beside the interpreter.
+    # One ninja and one folder per environment: another version, or another checkout, finds every command changed
+    # and builds again. Both lie beside this interpreter.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     folder = Path(_get_build_directory(OPERATOR, False))
     with (folder / "omnialpha.lock").open("w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)

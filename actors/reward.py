@@ -1,6 +1,8 @@
 """Reward actors: they pull decoded groups as soon as they exist and return small arrays. They also draw pictures,
 so that pixels never pass through the driver."""
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from actors.cluster import ClusterConfig
 from actors.waiting import wait_all
 from common.commit import storage_errors
 from common.errors import ConfigError
-from data.rgba import draw_grid
+from data.rgba import draw_grid, encode_png
 from data.tasks import get_task
 from policy.group import GroupPixels
 from rewards.base import RewardBatch, build, run_scorer
@@ -101,8 +103,11 @@ class RewardActor:
         _save(path, draw_grid(rows, titles, [pixels.prompt, *([""] * (len(rows) - 1))]))
 
     def draw_comparison(self, path: Path, titles: Sequence[str], rows: int, *runs: list[GroupPixels]) -> None:
-        """PNG: input | one column per run | truth, for the first records; one row per layer."""
-        grid, prompts = [], []
+        """PNG: input | one column per run | truth, for the first records; one row per layer.
+
+        In ``cells/<name of the PNG>/`` beside it: the same images one by one with their alpha, and an index.
+        """
+        grid, prompts, layers = [], [], []
         for groups in list(zip(*runs, strict=True))[:rows]:
             first = groups[0]
             for layer, truth in enumerate(first.targets_LCHW):
@@ -110,13 +115,54 @@ class RewardActor:
                 outputs = [torch.tensor(group.layers_GLCHW[0][layer]) for group in groups]
                 grid.append([image, *outputs, torch.tensor(truth)])
                 prompts.append(first.prompt)
-        _save(path, draw_grid(grid, ["input", *titles, "truth"], prompts))
+                layers.append(get_task(first.task).targets[layer])
+        columns = ["input", *titles, "truth"]
+        _save(path, draw_grid(grid, columns, prompts))
+        _save_cells(path.parent / "cells" / path.stem, grid, columns, prompts, layers)
 
 
 def _save(path: Path, picture: Image.Image) -> None:
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
+
+
+CELL = 256
+"""Largest side of a stored cell: enough to judge an edge, and a hundred of them stay a small folder."""
+
+
+def _save_cells(
+    folder: Path,
+    grid: Sequence[Sequence[torch.Tensor | None]],
+    columns: Sequence[str],
+    prompts: Sequence[str],
+    layers: Sequence[str],
+) -> None:
+    """The cells of a grid as RGBA PNGs, equal ones once, and ``index.json`` that says which lies where."""
+    names: dict[bytes, str] = {}
+    rows = []
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for images, prompt, layer in zip(grid, prompts, layers, strict=True):
+            pngs = [image if image is None else encode_png(_reduced(image)) for image in images]
+            for png in pngs:
+                if png is not None and png not in names:
+                    names[png] = f"{len(names):03}.png"
+                    (folder / names[png]).write_bytes(png)
+            cells = [png if png is None else names[png] for png in pngs]
+            rows.append({"prompt": prompt, "layer": layer, "cells": cells})
+        (folder / "index.json").write_text(json.dumps({"columns": list(columns), "rows": rows}, indent=1) + "\n")
+
+
+def _reduced(image_4HW: torch.Tensor) -> torch.Tensor:
+    """The image, averaged down by a whole factor where it exceeds :data:`CELL`."""
+    factor = math.ceil(max(image_4HW.shape[1:]) / CELL)
+    if factor == 1:
+        return image_4HW
+    # Premultiplied, so that colours hidden under alpha 0 do not bleed into visible pixels.
+    premultiplied = torch.cat([image_4HW[:3] * image_4HW[3:], image_4HW[3:]])
+    small = torch.nn.functional.avg_pool2d(premultiplied[None], factor, ceil_mode=True)[0]
+    return torch.cat([torch.where(small[3:] > 0, small[:3] / small[3:].clamp(min=1e-6), 0.0), small[3:]])
 
 
 class RewardPool:
@@ -143,7 +189,7 @@ class RewardPool:
         return self._pick().draw_group.remote(path, pixels)
 
     def draw_comparison(self, path: Path, titles: Sequence[str], rows: int, *runs: Any) -> Any:
-        """Draws evaluation groups of several runs side by side into a PNG."""
+        """Draws evaluation groups of several runs side by side into a PNG, and each image into a file of its own."""
         return self._pick().draw_comparison.remote(path, titles, rows, *runs)
 
     def _pick(self) -> Any:

@@ -6,7 +6,7 @@ scorers. They are returned, not put: a value that an actor put would die with th
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from common.errors import ActorError
 from data.records import RecordDataset
 from data.tasks import get_task
 from policy.dit import PATCH
-from policy.folder import load_transformer, load_vae
-from policy.group import GroupMeta, GroupPixels, GroupRequest, GroupTrajectory
+from policy.folder import load_transformer, load_vae, starting_policy
+from policy.group import GroupMeta, GroupPixels, GroupRequest, GroupTrajectory, Recording
 from policy.kernels import KernelConfig
+from policy.rl import Start, training_times
 from policy.sampling import Condition, denoise, member_noise
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.text import TextEncoder
@@ -34,8 +35,8 @@ from policy.weights import digest, load_packed
 class RolloutSetup:
     """What a rollout actor is made from."""
 
-    model: Path
-    """Policy folder with the VAE and the starting transformer."""
+    start: Start
+    """The policy that training starts from; its folder also holds the VAE."""
     dataset: Path
     """Dataset folder."""
     seed: int
@@ -43,6 +44,8 @@ class RolloutSetup:
     kernel: KernelConfig
     share_noise: bool = False
     """Whether the members of a group start from the same noise."""
+    recording: Recording = field(default_factory=Recording)
+    """What groups carry for the learner."""
 
 
 class RolloutActor:
@@ -51,8 +54,9 @@ class RolloutActor:
     def __init__(self, setup: RolloutSetup, threads: int) -> None:
         torch.set_num_threads(threads)
         self._setup = setup
-        self._codec = LatentCodec(load_vae(setup.model))
-        self._model = load_transformer(setup.model).eval().requires_grad_(False)
+        start = setup.start
+        self._codec = LatentCodec(load_vae(start.policy))
+        self._model = starting_policy(start.policy, start.lora, start.seed).eval().requires_grad_(False)
         self._text = TextEncoder()
         self._splits: dict[str, RecordDataset] = {}
         self._version = -1
@@ -87,15 +91,20 @@ class RolloutActor:
             members = range(request.members)
             return torch.stack([member_noise(shape, *seeds, 0 if shared else g, name) for g in members])
 
-        window = setup.sampling.window_steps(setup.seed, request.step - 1, request.group)
+        recording, schedule = setup.recording, setup.sampling.schedule
+        window = range(0)
+        if recording.window:
+            window = setup.sampling.window_steps(setup.seed, request.step - 1, request.group)
+        trained = tuple(window) or training_times(seeds, recording.times, schedule.steps)
         result = denoise(
             self._model,
             Condition(inputs_NCHW[None], text_TD[None]).expand(request.members),
             noise("initial", setup.share_noise),
-            setup.sampling.schedule.sigmas(),
+            schedule.sigmas(),
             window,
             setup.kernel,
             lambda step: noise(f"step {step}"),
+            solver=schedule.solver,
         )
         layers = self._codec.decode(result.latents_BMCHW.flatten(0, 1)).unflatten(0, result.latents_BMCHW.shape[:2])
         sequence = task.images * (shape[-2] // PATCH) * (shape[-1] // PATCH) + len(text_TD)
@@ -104,16 +113,19 @@ class RolloutActor:
             task=record.task,
             record=record.id,
             version=self._version,
-            steps=len(window),
-            tokens=sequence * request.members * len(window),
+            steps=len(trained),
+            tokens=sequence * request.members * len(trained),
             seconds=time.perf_counter() - start,
         )
         trajectory = GroupTrajectory(
-            steps=tuple(window),
+            key=seeds,
+            steps=trained,
             inputs_NCHW=inputs_NCHW.numpy(),
             text_TD=text_TD.numpy(),
             window_GWMCHW=result.window_BWMCHW.numpy(),
             log_probs_GW=result.log_probs_BW.numpy(),
+            clean_GMCHW=result.latents_BMCHW.numpy(),
+            means_GWMCHW=result.means_BWMCHW.numpy() if recording.means else None,
         )
         return meta, trajectory, self._pixels(record, layers, sample)
 
@@ -130,7 +142,7 @@ class RolloutActor:
         shape = (len(get_task(records[0].task).targets), *inputs.shape[2:])
         seed = self._setup.seed
         initial = torch.stack([member_noise(shape, seed, 0, 0, 0, f"evaluate {record.id}") for record in records])
-        result = denoise(self._model, Condition(inputs, text, mask), initial, schedule.sigmas())
+        result = denoise(self._model, Condition(inputs, text, mask), initial, schedule.sigmas(), solver=schedule.solver)
         layers = self._codec.decode(result.latents_BMCHW.flatten(0, 1)).unflatten(0, result.latents_BMCHW.shape[:2])
         groups = [self._pixels(r, layer[None], s) for r, layer, s in zip(records, layers, samples, strict=True)]
         return len(groups), groups

@@ -4,9 +4,10 @@
 default written beside its field.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,12 @@ from common.config import StrictConfig, load_yaml, validate
 from common.errors import ConfigError
 from data.config import DataConfig
 from data.tasks import get_task
+from policy.adapters import LoraConfig, check_targets
 from policy.dit import DitConfig
+from policy.group import Recording
 from policy.kernels import KernelConfig
-from policy.programs import GrpoConfig, SftConfig, VaeLossConfig
+from policy.programs import SftConfig, VaeLossConfig
+from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start, make_grpo_program, make_nft_program
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
 from rewards.combine import RewardConfig, active_terms
@@ -71,6 +75,8 @@ class VaeStageConfig(BatchedConfig):
 
     network: VaeConfig = VaeConfig()
     """Size of the network."""
+    start: Path | None = None
+    """Policy folder whose VAE is taken as it is; the stage then only encodes the training split."""
     loss: VaeLossConfig = VaeLossConfig()
     """Loss weights."""
 
@@ -79,16 +85,37 @@ class SftStageConfig(BatchedConfig):
     """Stage 2: the multi-task cold start."""
 
     network: DitConfig = DitConfig()
-    """Size of the transformer."""
+    """Size of a fresh transformer."""
+    start: Path | None = None
+    """Policy folder to fine-tune; None starts from a fresh transformer of size ``network``."""
+    lora: LoraConfig | None = None
+    """Adapter to train on top of ``start``; None trains all weights."""
     objective: SftConfig = SftConfig()
     """Loss."""
+
+    @model_validator(mode="after")
+    def _lora_has_a_base(self) -> "SftStageConfig":
+        if self.lora and self.start is None:
+            raise ValueError(
+                "lora adapts a trained transformer: name its policy folder in sft.start, or leave lora out"
+            )
+        _check_lora(self.lora)
+        return self
 
 
 class GrpoStageConfig(TrainingConfig):
     """Stage 3: GRPO on rewards of the decoded layers."""
 
+    start: Path | None = None
+    """Policy folder to train; None takes the SFT stage's."""
+    lora: LoraConfig | None = None
+    """Adapter to train; None trains all weights."""
+    algorithm: Literal["grpo", "nft"] = "grpo"
+    """``grpo``: policy gradient on recorded transitions; ``nft``: forward-process training on clean latents."""
     objective: GrpoConfig = GrpoConfig()
-    """Loss."""
+    """Loss of ``grpo``."""
+    nft: NftConfig = NftConfig()
+    """Loss of ``nft``."""
     sampling: SamplingConfig = SamplingConfig()
     """Schedule and window of rollouts."""
     kernel: KernelConfig = KernelConfig()
@@ -97,6 +124,12 @@ class GrpoStageConfig(TrainingConfig):
     """Groups per step."""
     group: int = Field(8, ge=2)
     """Members per group (G)."""
+    minibatches: int = Field(1, ge=1)
+    """Optimiser steps per pass over a step's groups, each on its share of them."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a step's groups."""
+    resample: int = Field(0, ge=0)
+    """Times that dropped groups of a step are replaced by groups of fresh prompts."""
     share_noise: bool = False
     """Whether the members of a group start from the same noise."""
     first_ratio_bound: float = Field(1e-6, ge=0)
@@ -105,6 +138,62 @@ class GrpoStageConfig(TrainingConfig):
     """Steps between pictures of a group."""
     max_empty_steps: int = Field(5, ge=1)
     """Consecutive steps without any trainable group after which the run stops."""
+
+    @model_validator(mode="after")
+    def _algorithm_fits(self) -> "GrpoStageConfig":
+        if self.algorithm == "grpo" and self.objective.guard and not self.kernel.gaussian:
+            raise ValueError(
+                "objective.guard needs Gaussian log-probabilities, which kernel cps does not publish; "
+                "set kernel.density: gaussian, or take another kernel"
+            )
+        if self.algorithm == "nft" and self.nft.times > self.sampling.schedule.steps:
+            raise ValueError(
+                f"nft.times {self.nft.times} does not fit: the schedule has {self.sampling.schedule.steps} noise levels"
+            )
+        _check_lora(self.lora)
+        return self
+
+    @property
+    def recording(self) -> Recording:
+        """What rollouts carry for the objective."""
+        return self.objective.recording if self.algorithm == "grpo" else self.nft.recording
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the learner computes the old log-probabilities itself."""
+        return self.algorithm == "grpo" and self.objective.old_log_probs == "recomputed"
+
+    def program(self, start: Start) -> Callable[[], GrpoProgram | NftProgram]:
+        """Builds the objective's program from a starting policy."""
+        sigmas = self.sampling.schedule.sigmas()
+        if self.algorithm == "nft":
+            return functools.partial(make_nft_program, start, self.nft, sigmas)
+        return functools.partial(make_grpo_program, start, self.objective, self.kernel, sigmas)
+
+    def doubts(self) -> list[str]:
+        """Settings that are allowed and probably not meant."""
+        if self.algorithm == "nft" or self.minibatches * self.epochs == 1:
+            return []
+        scale = "GRPO-Guard" if self.objective.guard else "published CPS" if not self.kernel.gaussian else "Gaussian"
+        low, high = CLIP_RANGES[scale]
+        if low <= self.objective.clip_range <= high:
+            return []
+        return [
+            f"grpo.objective.clip_range {self.objective.clip_range:g} is outside {low:g} to {high:g}, the usual range "
+            f"for {scale} ratios: was it tuned for another kernel? Choose it by the logged clip fraction"
+        ]
+
+
+CLIP_RANGES = {"Gaussian": (1e-5, 1e-2), "published CPS": (1e-6, 1e-2), "GRPO-Guard": (1e-7, 1e-3)}
+"""Clip ranges beyond which a setting is doubtful, by the scale of the ratio; see docs/algorithms.md."""
+
+
+def _check_lora(lora: LoraConfig | None) -> None:
+    if lora:
+        try:
+            check_targets(lora)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 class EvaluateConfig(StrictConfig):
@@ -233,7 +322,14 @@ def _anchored(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "run_dir": config.folder.resolve(),
-            "dataset": config.dataset.resolve() if config.dataset else None,
+            "dataset": _absolute(config.dataset),
+            "vae": config.vae.model_copy(update={"start": _absolute(config.vae.start)}),
+            "sft": config.sft.model_copy(update={"start": _absolute(config.sft.start)}),
+            "grpo": config.grpo.model_copy(update={"start": _absolute(config.grpo.start)}),
             "rewards": config.rewards.model_copy(update={"terms": terms}),
         }
     )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path.resolve() if path else None

@@ -1,4 +1,5 @@
-"""The evaluation stage: the SFT and the GRPO policy on the same held-out records, from the same noise."""
+"""The evaluation stage: the policy that GRPO started from (``sft``) and GRPO's on the same held-out records, from the
+same noise."""
 
 import json
 import logging
@@ -16,6 +17,7 @@ from common.events import finite
 from data.records import Record, RecordDataset
 from pipeline.config import RunConfig
 from pipeline.run import Run
+from pipeline.train import starting_point
 from rewards.combine import scalar_rewards
 from rewards.statistics import paired_bootstrap
 
@@ -27,7 +29,7 @@ POLICIES = ("sft", "grpo")
 def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
     """Samples, scores and draws; writes results.json, table.md and one grid per task."""
     config, stage = run.config, run.config.evaluate
-    folders = {name: run.require(name, wanted_by="eval") / "model" for name in POLICIES}
+    folders = {"sft": starting_point(run, "eval").policy, "grpo": run.require("grpo", wanted_by="eval") / "model"}
     data = RecordDataset(config.dataset_folder, stage.split)
     chosen = {task: [int(i) for i in data.positions(task)[: stage.records]] for task in data.tasks}
     chunks = [

@@ -5,7 +5,6 @@ prompts ─▶ rollout actors ─(pixels)─▶ reward actors ─▶ scores ─�
                  └── weights (version, digest) ◀── learner ranks ◀──(trajectories)
 """
 
-import functools
 import logging
 import time
 from collections import Counter, defaultdict
@@ -21,21 +20,21 @@ from actors.reward import GroupScores, RewardPool
 from actors.rollout import Group, RolloutPool
 from actors.waiting import wait_all
 from common.errors import ActorError, NumericsError, RewardError
+from data.seeding import seed_for
 from pipeline.run import Progress, Run
-from pipeline.train import task_sampler
+from pipeline.train import starting_point, task_sampler
 from policy.group import GroupMeta, GroupRequest
-from policy.programs import make_grpo_program
-from rewards.combine import RewardConfig, active_terms, group_advantages, keep_group, scalar_rewards
+from rewards.combine import RewardConfig, active_terms, batch_advantages, keep_group, scalar_rewards
 
 log = logging.getLogger("omnialpha")
 
+Scored = tuple[Group, GroupMeta, GroupScores]
+
 
 def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: RewardPool) -> None:
-    """Trains the SFT policy with rewards of its decoded layers."""
+    """Trains the starting policy with rewards of its decoded layers."""
     config, stage = run.config, run.config.grpo
-    policy = run.require("sft", wanted_by="grpo") / "model"
-    sampler = task_sampler(run, "grpo", stage.tasks)
-    make = functools.partial(make_grpo_program, policy, stage.objective, stage.kernel, stage.sampling.schedule.sigmas())
+    make = stage.program(starting_point(run, "grpo"))
     learner.setup(make, stage.optimiser, EngineConfig(zero_stage=stage.zero_stage), stage.steps)
     progress = Progress(run, "grpo", stage.steps, stage.commit_every)
     start = progress.resume(learner.restore)
@@ -43,21 +42,14 @@ def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: Re
     rollouts.publish(version, *learner.publish())
     for step in range(start, stage.steps):
         began = time.monotonic()
-        draws = [sampler.draw(step * stage.prompts + p, 1) for p in range(stage.prompts)]
-        requests = [GroupRequest(step + 1, p, int(draw.indices[0]), stage.group) for p, draw in enumerate(draws)]
-        for request, draw in zip(requests, draws, strict=True):
-            run.events.write("group_launched", stage="grpo", step=step + 1, group=request.name, task=draw.task)
-        groups = rollouts.sample(requests)
-        scored = collect(groups, rewards, version, config.cluster.deadline_s)
+        scored = roll_out(run, rollouts, rewards, step, version)
         batch = select(scored, config.rewards)
         sampled = time.monotonic()
+        record: dict[str, float] = {"version_lag": version - min(meta.version for _, meta, _ in scored)}
         if batch.items:
-            record = learner.train(step, batch.items)
-            check_first_ratio(record, stage.first_ratio_bound, step + 1)
+            record |= update(run, learner, step, batch.items)
             version = step + 1
             rollouts.publish(version, *learner.publish())
-        else:
-            record = {}
         empty = 0 if batch.items else empty + 1
         account(run, step + 1, batch)
         report(run, step + 1, record, batch, sampled - began, time.monotonic() - sampled)
@@ -68,13 +60,74 @@ def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: Re
             )
         if (step + 1) % stage.pictures_every == 0:
             path = run.folder / "grpo" / "pictures" / f"step-{step + 1:05d}.png"
-            wait_all([rewards.draw_group(path, groups[0].pixels)], "a picture", config.cluster.deadline_s)
+            wait_all([rewards.draw_group(path, scored[0][0].pixels)], "a picture", config.cluster.deadline_s)
             run.tracker.picture("grpo/group", path)
         progress.after_step(step + 1, learner.save, {"version": step + 1, "position": (step + 1) * stage.prompts})
     progress.finish(lambda folder: learner.export(folder / "model"), {"version": stage.steps})
 
 
-Scored = tuple[Group, GroupMeta, GroupScores]
+def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, version: int) -> list[Scored]:
+    """Samples and scores the groups of a step; with ``resample``, replaces those that cannot be trained on."""
+    config, stage = run.config, run.config.grpo
+    scored: list[Scored] = []
+    for attempt in range(1 + stage.resample):
+        missing = stage.prompts - (len(select(scored, config.rewards).items) if scored else 0)
+        if not missing:
+            break
+        # Replacements come from a stream of their own: the prompts of later steps do not depend on what was dropped.
+        stream, place = ("grpo replacements", step * stage.resample + attempt - 1) if attempt else ("grpo", step)
+        sampler = task_sampler(run, stream, stage.tasks)
+        draws = [sampler.draw(place * stage.prompts + p, 1) for p in range(missing)]
+        numbers = range(len(scored), len(scored) + missing)
+        requests = [
+            GroupRequest(step + 1, n, int(draw.indices[0]), stage.group) for n, draw in zip(numbers, draws, strict=True)
+        ]
+        for request, draw in zip(requests, draws, strict=True):
+            run.events.write("group_launched", stage="grpo", step=step + 1, group=request.name, task=draw.task)
+        scored += collect(rollouts.sample(requests), rewards, version, config.cluster.deadline_s)
+    return scored
+
+
+def update(run: Run, learner: LearnerGroup, step: int, items: list[Item]) -> dict[str, float]:
+    """The optimiser steps on one batch of rollouts; returns their merged records.
+
+    Raises:
+        NumericsError: the learner and the rollout actors did not compute the same policy before the first of them.
+    """
+    stage = run.config.grpo
+    records: list[dict[str, float]] = []
+    learner.begin_batch()
+    if stage.recompute:
+        items, error = learner.recompute(items)
+        check_first_ratio(error, stage.first_ratio_bound, step + 1)
+    for part in portions(items, stage.minibatches, stage.epochs, (run.config.seed, step)):
+        record = learner.train(step, part)
+        if not records and "max_ratio_error" in record:
+            check_first_ratio(record["max_ratio_error"], stage.first_ratio_bound, step + 1)
+        records.append(record)
+    return merge_records(records)
+
+
+def portions(items: list[Item], minibatches: int, epochs: int, key: tuple[int, int]) -> list[list[Item]]:
+    """The groups of each optimiser step: every epoch all of them, in an order drawn from ``key`` where it matters."""
+    parts = min(minibatches, len(items))
+    if parts * epochs == 1:
+        return [items]
+    out = []
+    for epoch in range(epochs):
+        order = np.random.default_rng(seed_for(key[0], "epoch", key[1], epoch)).permutation(len(items))
+        out += [[items[i] for i in part] for part in np.array_split(order, parts)]
+    return out
+
+
+def merge_records(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over a batch's optimiser steps; ``max_*`` are maxima; ``first_ratio_error`` is the first step's."""
+    merged = {
+        key: float((np.max if key.startswith("max_") else np.mean)([r[key] for r in records])) for key in records[0]
+    }
+    if "max_ratio_error" in records[0]:
+        merged["first_ratio_error"] = records[0]["max_ratio_error"]
+    return merged | {"updates": len(records)}
 
 
 def collect(groups: Sequence[Group], rewards: RewardPool, version: int, deadline_s: float) -> list[Scored]:
@@ -102,6 +155,8 @@ class TrainingBatch:
     """Mean raw reward, per task and per term."""
     spread: float
     """Mean within-group standard deviation of the scalar reward."""
+    advantage_spread: float
+    """Standard deviation of the trained advantages."""
     reasons: Counter[str]
     """Why scores are missing, and how often."""
 
@@ -114,9 +169,9 @@ def select(scored: Sequence[Scored], config: RewardConfig) -> TrainingBatch:
     values: dict[str, list[float]] = defaultdict(list)
     spreads: list[float] = []
     reasons: Counter[str] = Counter()
-    for group, meta, result in scored:
-        weights_T = [config.terms[k].weight for k in active_terms(config, meta.task)]
-        advantages_G = group_advantages(result.scores_TG, weights_T, config.std_floor, config.clamp)
+    weights = [[config.terms[k].weight for k in active_terms(config, meta.task)] for _, meta, _ in scored]
+    advantages = batch_advantages([(r.scores_TG, w) for (_, _, r), w in zip(scored, weights, strict=True)], config)
+    for (group, meta, result), weights_T, advantages_G in zip(scored, weights, advantages, strict=True):
         rewards_G = scalar_rewards(result.scores_TG, weights_T)
         reasons.update(result.reasons)
         if np.isfinite(rewards_G).any():
@@ -126,6 +181,7 @@ def select(scored: Sequence[Scored], config: RewardConfig) -> TrainingBatch:
         for name, row_G in zip(result.terms, result.scores_TG, strict=True):
             if np.isfinite(row_G).any():
                 values[f"term/{name}"].append(float(np.nanmean(row_G)))
+                values[f"term/{name}/{meta.task}"].append(float(np.nanmean(row_G)))
         if reason := keep_group(advantages_G, config.min_group):
             dropped[meta.name] = reason
             continue
@@ -134,16 +190,17 @@ def select(scored: Sequence[Scored], config: RewardConfig) -> TrainingBatch:
         items.append(Item(group.trajectory, kept * steps, cost=meta.tokens, calls=steps, extra=advantages_G, name=name))
         trained.append(meta.name)
     means = {key: float(np.mean(entries)) for key, entries in values.items()}
-    return TrainingBatch(items, trained, dropped, means, float(np.mean(spreads)) if spreads else 0.0, reasons)
+    spread = float(np.mean(spreads)) if spreads else 0.0
+    advantage_spread = float(np.nanstd(np.concatenate([item.extra for item in items]))) if items else 0.0
+    return TrainingBatch(items, trained, dropped, means, spread, advantage_spread, reasons)
 
 
-def check_first_ratio(record: dict[str, float], bound: float, step: int) -> None:
+def check_first_ratio(error: float, bound: float, step: int) -> None:
     """The learner's replay of an unchanged policy must give the rollout's own log-probabilities.
 
     Raises:
         NumericsError: the ratios were off by more than the bound; the update must not be trusted.
     """
-    error = record["max_ratio_error"]
     if not error <= bound:  # also for NaN
         raise NumericsError(
             f"step {step}: the first ratio is off by {error:.2e}, more than grpo.first_ratio_bound {bound:.1e}: the "
@@ -170,6 +227,7 @@ def report(
         | {
             "groups": len(batch.trained),
             "reward_spread": batch.spread,
+            "advantage_spread": batch.advantage_spread,
             "missing_scores": batch.reasons.total(),
             "missing_because": dict(batch.reasons.most_common(5)),
             "sample_s": round(sample_s, 3),
@@ -178,11 +236,15 @@ def report(
         }
     )
     line = f"reward {batch.rewards.get('reward', float('nan')):.4f} ± {batch.spread:.4f}  "
-    if record:
+    if "ratio" in record:
         line += (
-            f"ratio {record['ratio']:.6f} (max off {record['max_ratio_error']:.1e})  clipped {record['clipped']:.2f}  "
-            f"grad {record['max_grad_norm']:.2f}  "
+            f"ratio {record['ratio']:.6f} (first off {record['first_ratio_error']:.1e})  "
+            f"clipped {record['clipped']:.2f}  "
         )
+    if "kl" in record:
+        line += f"kl {record['kl']:.2e}  "
+    if "max_grad_norm" in record:
+        line += f"loss {record['loss']:+.4f}  grad {record['max_grad_norm']:.2f}  "
     line += f"groups {len(batch.trained)}" + (f" dropped {dict(dropped)}" if dropped else "")
     for reason in list(batch.reasons)[:1]:
         log.warning("step %d: %d scores are missing, for example because %s", step, batch.reasons.total(), reason)

@@ -28,6 +28,7 @@ def render_plan(config: RunConfig) -> str:
         f"dataset:    {config.dataset_folder}",
         f"identity:   {config.identity_hash()}",
     ]
+    lines += [f"doubtful: {doubt}" for doubt in config.grpo.doubts()]
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from pipeline.config import BatchedConfig
 from pipeline.run import Progress, Run
 from policy.folder import load_vae, save_vae
 from policy.programs import Batch, make_sft_program, make_vae_program
+from policy.rl import Start
 from policy.vae import set_latent_statistics
 
 log = logging.getLogger("omnialpha")
@@ -25,18 +26,25 @@ SHOW_EVERY_S = 2.0
 
 def run_vae(run: Run, learner: LearnerGroup) -> None:
     """Trains the VAE, measures its latents and encodes the training split."""
-    config, dataset = run.config, run.config.dataset_folder
-    make = functools.partial(make_vae_program, config.vae.network, config.vae.loss, dataset, config.seed)
-    progress = _train(run, "vae", config.vae, learner, make)
+    config, dataset, start = run.config, run.config.dataset_folder, run.config.vae.start
+    if start:
+        progress = Progress(run, "vae", 0, 1)
+    else:
+        make = functools.partial(make_vae_program, config.vae.network, config.vae.loss, dataset, config.seed)
+        progress = _train(run, "vae", config.vae, learner, make)
 
     def write(folder: Path) -> None:
-        learner.export(folder / "model")
+        if start:
+            save_vae(folder / "model", load_vae(start))
+        else:
+            learner.export(folder / "model")
         (folder / "latents").mkdir()
         log.info("vae: encoding the training split")
         mean_C, std_C = learner.encode_split(folder / "model", dataset, folder / "latents")
         vae = load_vae(folder / "model")
-        set_latent_statistics(vae, mean_C, std_C)
-        save_vae(folder / "model", vae)
+        if not start or vae.config.latents_mean is None:  # what was trained on a VAE's statistics keeps them
+            set_latent_statistics(vae, mean_C, std_C)
+            save_vae(folder / "model", vae)
 
     progress.finish(write)
 
@@ -46,8 +54,9 @@ def run_sft(run: Run, learner: LearnerGroup) -> None:
     config = run.config
     vae_stage = run.require("vae", wanted_by="sft")
     dataset = config.dataset_folder
+    sft = config.sft
     make = functools.partial(
-        make_sft_program, config.sft.network, config.sft.objective, vae_stage, dataset, config.seed
+        make_sft_program, sft.network, sft.start, sft.lora, sft.objective, vae_stage, dataset, config.seed
     )
     progress = _train(run, "sft", config.sft, learner, make)
     progress.finish(lambda folder: learner.export(folder / "model"))
@@ -88,6 +97,13 @@ def task_sampler(run: Run, stage: str, tasks: dict[str, float]) -> TaskSampler:
     """The stage's own stream of training records."""
     data = RecordDataset(run.config.dataset_folder, "train")
     return TaskSampler(data.task_positions, tasks, seed_for(run.config.seed, "stream", stage))
+
+
+def starting_point(run: Run, wanted_by: str) -> Start:
+    """The policy that GRPO starts from and is compared with: the one the config names, or the SFT stage's."""
+    grpo = run.config.grpo
+    policy = grpo.start or run.require("sft", wanted_by=wanted_by) / "model"
+    return Start(policy, grpo.lora, seed_for(run.config.seed, "adapter"))
 
 
 def _records(config: BatchedConfig) -> int:

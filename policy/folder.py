@@ -1,10 +1,12 @@
 """A policy on disk: a folder in the diffusers layout, loadable part by part with ``from_pretrained``.
 
-``model_index.json`` names the parts; ``transformer/`` and ``vae/`` hold diffusers configs and safetensors. The text
-encoder is a pinned package, so its name and version are recorded instead of a copy of its weights.
+``model_index.json`` names the parts; ``transformer/`` and ``vae/`` hold diffusers configs and safetensors, ``adapter/``
+the LoRA adapter of a stage that trained one, in PEFT's format. The text encoder is a pinned package, so its name and
+version are recorded instead of a copy of its weights.
 """
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +14,15 @@ import torch
 from diffusers import AutoencoderKL, QwenImageTransformer2DModel
 
 from common.errors import CheckpointError
+from policy.adapters import (
+    FOLDER,
+    LoraConfig,
+    add_lora,
+    has_lora,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from policy.text import PACKAGE
 
 
@@ -38,12 +49,56 @@ def load_vae(folder: Path) -> AutoencoderKL:
 
 
 def load_transformer(folder: Path) -> QwenImageTransformer2DModel:
-    """Loads ``transformer/`` in float32.
+    """Loads ``transformer/`` in float32, with its adapter beside it where there is one.
 
     Raises:
         CheckpointError: the folder holds no usable transformer.
     """
-    return _load(QwenImageTransformer2DModel, folder, "transformer")
+    model = _load(QwenImageTransformer2DModel, folder, "transformer")
+    if (folder / FOLDER).is_dir():
+        load_adapter(model, folder)
+    return model
+
+
+def starting_policy(folder: Path, lora: LoraConfig | None, seed: int) -> QwenImageTransformer2DModel:
+    """The transformer of a policy folder as a stage trains it on.
+
+    Without ``lora`` all weights train; an adapter in the folder is merged first. With it, the folder's adapter is
+    trained further, or a fresh one is added.
+
+    Raises:
+        CheckpointError, ConfigError: the folder or its adapter does not fit.
+    """
+    if lora is None:
+        model = load_transformer(folder)
+        if has_lora(model):
+            merge(model)
+        return model
+    model = _load(QwenImageTransformer2DModel, folder, "transformer")
+    if (folder / FOLDER).is_dir():
+        load_adapter(model, folder, lora)
+    else:
+        add_lora(model, lora, seed)
+    return model
+
+
+def export_policy(
+    folder: Path,
+    vae: AutoencoderKL,
+    module: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    lora: LoraConfig | None,
+    start: Path | None,
+) -> None:
+    """Writes a policy folder: all ``weights``, or with ``lora`` the transformer of ``start`` and the adapter's."""
+    if lora is None:
+        transformer = QwenImageTransformer2DModel.from_config(module.config)
+        transformer.load_state_dict(dict(weights))
+        save_policy(folder, vae, transformer)
+        return
+    assert start is not None
+    save_policy(folder, vae, _load(QwenImageTransformer2DModel, start, "transformer"))
+    save_adapter(folder, weights, lora)
 
 
 def _load(kind, folder: Path, part: str):

@@ -28,6 +28,18 @@ class GroupRequest:
 
 
 @dataclass(frozen=True)
+class Recording:
+    """What the learner's objective wants a rollout to carry."""
+
+    window: bool = True
+    """Stochastic window steps with their states and log-probabilities; otherwise all steps are the ODE's."""
+    means: bool = False
+    """The sampling policy's mean of every window step."""
+    times: int = 0
+    """Schedule steps per group, drawn from its seed, at which a forward-process loss trains on the clean latents."""
+
+
+@dataclass(frozen=True)
 class GroupMeta:
     """The small part of a group, for the driver."""
 
@@ -46,21 +58,27 @@ class GroupMeta:
 
 @dataclass(frozen=True)
 class GroupTrajectory:
-    """What the learner needs to replay the window."""
+    """What the learner needs to train on a group."""
 
+    key: tuple[int, int, int]
+    """(run seed, step, group): what all of the group's randomness follows from."""
     steps: tuple[int, ...]
-    """Schedule indices of the window's steps."""
+    """Schedule indices of the trained steps."""
     inputs_NCHW: np.ndarray
     text_TD: np.ndarray
     window_GWMCHW: np.ndarray
     """W + 1 states of each member."""
     log_probs_GW: np.ndarray
     """Log-probabilities as the sampler computed them."""
+    clean_GMCHW: np.ndarray
+    """Final latents of each member."""
+    means_GWMCHW: np.ndarray | None = None
+    """Means of the window's transitions as the sampler computed them."""
 
     def condition(self) -> Condition:
         """The group's condition, expanded to its members."""
         single = Condition(torch.tensor(self.inputs_NCHW)[None], torch.tensor(self.text_TD)[None])
-        return single.expand(len(self.log_probs_GW))
+        return single.expand(len(self.clean_GMCHW))
 
     def states(self, place: int) -> torch.Tensor:
         """Window state ``place`` of every member, (G, M, C, H, W) float32."""

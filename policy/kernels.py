@@ -8,7 +8,10 @@ model's dtype; the log-probability is the mean over all non-batch dimensions.
   schedule's next sigma; mean x(1 + s²dt/2σ) + v(1 + s²(1−σ)/2σ)dt, noise scale s√−dt.
 - ``dance``: DanceGRPO (arXiv 2505.07818), the same mean with s = η.
 - ``cps``: FlowCPS (arXiv 2509.05952), s = σ′ sin(ηπ/2), mean (1−σ′)x̂₀ + √(σ′²−s²) x̂₁, noise scale s, and the
-  density without constants, −mean (x′−mean)²: it is not on the scale of the other two.
+  density without constants, −mean (x′−mean)²: it is not on the scale of the other two, unless ``density`` asks for
+  the Gaussian one.
+
+ODE steps are Euler's, or those of DPM-Solver++ (2M) (arXiv 2211.01095) for the flow α = 1 − σ.
 """
 
 import math
@@ -30,6 +33,13 @@ class KernelConfig(StrictConfig):
     """``flow_sde``, ``dance`` or ``cps``."""
     eta: float = 0.7
     """Noise level η > 0 (towards 0 it is the ODE). For ``cps`` at most 1."""
+    density: Literal["published", "gaussian"] = "published"
+    """Log-density of ``cps``: as published, −mean (x′−mean)², or the Gaussian one. The others are always Gaussian."""
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether log-probabilities are Gaussian log-densities."""
+        return self.name != "cps" or self.density == "gaussian"
 
     @model_validator(mode="after")
     def _eta_fits(self) -> "KernelConfig":
@@ -80,7 +90,7 @@ def transition(
         scale = sigma_next * math.sin(config.eta * math.pi / 2)
         clean, noise = x - sigma * v, x + (1 - sigma) * v
         mean = (1 - sigma_next) * clean + math.sqrt(max(sigma_next**2 - scale**2, 0.0)) * noise
-        return Transition(mean, scale, gaussian=False)
+        return Transition(mean, scale, gaussian=config.gaussian)
     if config.name == "dance":
         s = config.eta
     else:
@@ -90,7 +100,38 @@ def transition(
     return Transition(mean, s * math.sqrt(-dt), gaussian=True)
 
 
+def standard_kl(mean: torch.Tensor, other: torch.Tensor, scale: float) -> torch.Tensor:
+    """KL of two Gaussians of one scale, per dimension: mean (μ − μ′)² / (2·scale²) over non-batch dimensions, (B,)."""
+    return ((mean - other) ** 2).flatten(1).mean(1) / (2 * scale**2)
+
+
 def ode_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
     """Euler step of the probability-flow ODE, x + v·dt."""
     work = torch.promote_types(latents.dtype, torch.float32)
     return latents.to(work) + (sigma_next - sigma) * velocity.to(work)
+
+
+def dpm_step(
+    latents: torch.Tensor,
+    clean: torch.Tensor,
+    previous: torch.Tensor | None,
+    sigmas: tuple[float | None, float, float],
+) -> torch.Tensor:
+    """Second-order multistep ODE step, DPM-Solver++ (2M) with data prediction (Algorithm 2 of arXiv 2211.01095).
+
+    With λ = log((1 − σ)/σ), h = λ′ − λ and r the ratio of the previous h to this one,
+    x′ = (σ′/σ)x + (1 − σ′/σ)D, D = x̂₀ + (x̂₀ − previous x̂₀)/(2r).
+
+    Args:
+        clean: x̂₀ predicted at this step.
+        previous: x̂₀ predicted one step earlier; None on the first step.
+        sigmas: (σ one step earlier, σ, σ′). From σ = 1 and to σ′ = 0 the step is of first order, which is Euler's.
+    """
+    before, sigma, sigma_next = sigmas
+    work = torch.promote_types(latents.dtype, torch.float32)
+    x, direction = latents.to(work), clean.to(work)
+    if previous is not None and before is not None and before < 1 and sigma_next > 0:
+        snr = [math.log((1 - value) / value) for value in (before, sigma, sigma_next)]
+        ratio = (snr[1] - snr[0]) / (snr[2] - snr[1])
+        direction = direction + (direction - previous.to(work)) / (2 * ratio)
+    return x * (sigma_next / sigma) + (1 - sigma_next / sigma) * direction

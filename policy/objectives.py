@@ -22,14 +22,52 @@ class ClippedLoss:
     """True where the clip took the gradient away."""
 
 
-def clipped_loss(
-    log_probs_B: torch.Tensor, old_log_probs_B: torch.Tensor, advantages_B: torch.Tensor, clip_range: float
-) -> ClippedLoss:
-    """max(−A·r, −A·clip(r, 1 − ε, 1 + ε)) with r = exp(log p − log p_old) (PPO; Flow-GRPO, arXiv 2505.05470)."""
-    ratios = torch.exp(log_probs_B - old_log_probs_B)
+def clipped_loss(log_ratios_B: torch.Tensor, advantages_B: torch.Tensor, clip_range: float) -> ClippedLoss:
+    """max(−A·r, −A·clip(r, 1 − ε, 1 + ε)) with r = exp(log ratio) (PPO; Flow-GRPO, arXiv 2505.05470)."""
+    ratios = torch.exp(log_ratios_B)
     free = -advantages_B * ratios
     bounded = -advantages_B * ratios.clamp(1 - clip_range, 1 + clip_range)
     return ClippedLoss(torch.maximum(free, bounded), ratios.detach(), (bounded > free).detach())
+
+
+def guarded_log_ratio(log_ratios_B: torch.Tensor, drift_B: torch.Tensor, scale: float) -> torch.Tensor:
+    """(Δlog p + mean (Δμ)²/(2·scale²))·scale, the ratio of GRPO-Guard (arXiv 2510.22319).
+
+    The expectation of Δlog p under the old policy is −mean (Δμ)²/(2·scale²): what the drift gives back. Multiplying by
+    the step's noise scale makes all steps' ratios spread alike.
+
+    Args:
+        drift_B: the KL of the step from its old mean, :func:`policy.kernels.standard_kl`, with gradient.
+    """
+    return (log_ratios_B + drift_B) * scale
+
+
+def nft_loss(
+    velocity_BMCHW: torch.Tensor,
+    old_velocity_BMCHW: torch.Tensor,
+    noisy_BMCHW: torch.Tensor,
+    clean_BMCHW: torch.Tensor,
+    time: float,
+    advantages_B: torch.Tensor,
+    beta: float,
+    advantage_max: float,
+) -> torch.Tensor:
+    """Forward-process loss of DiffusionNFT (arXiv 2509.16117), (B,).
+
+    v⁺ = βv + (1−β)v_old and v⁻ = (1+β)v_old − βv predict x̂₀± = x_t − t·v±; a sample with advantage A pulls x̂₀⁺ to
+    itself with weight r = clip(A/(2·A_max) + ½, 0, 1) and x̂₀⁻ with 1 − r:
+    A_max·(r·L⁺ + (1−r)·L⁻)/β, L± = mean (x̂₀± − x₀)² / max(mean |x̂₀± − x₀|, 1e-5), the divisor without gradient.
+    """
+    old = old_velocity_BMCHW.detach()
+
+    def part(mixed: torch.Tensor) -> torch.Tensor:
+        error = (noisy_BMCHW - time * mixed - clean_BMCHW).flatten(1)
+        return (error**2).mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)
+
+    positive = part(beta * velocity_BMCHW + (1 - beta) * old)
+    negative = part((1 + beta) * old - beta * velocity_BMCHW)
+    weight = (advantages_B / (2 * advantage_max) + 0.5).clamp(0, 1)
+    return advantage_max * (weight * positive + (1 - weight) * negative) / beta
 
 
 def replay_log_prob(

@@ -16,20 +16,18 @@ from diffusers import AutoencoderKL
 from pydantic import Field
 
 from common.config import StrictConfig
+from common.errors import ConfigError
 from data.records import RecordDataset
 from data.sampler import Draw
 from data.seeding import seed_for
+from policy.adapters import LoraConfig
 from policy.dit import DitConfig, build_dit, velocity
-from policy.folder import load_transformer, load_vae, save_policy, save_vae
-from policy.group import GroupTrajectory
-from policy.kernels import KernelConfig
+from policy.folder import export_policy, load_vae, save_vae, starting_policy
 from policy.latents import LatentCache
 from policy.objectives import (
     alpha_blend_mse,
-    clipped_loss,
     flow_matching_pair,
     gaussian_kl,
-    replay_log_prob,
     shifted_times,
 )
 from policy.text import TEXT_DIM, TextEncoder
@@ -150,13 +148,22 @@ class SftProgram:
     """Rectified flow on cached latents of all tasks."""
 
     def __init__(
-        self, transformer: torch.nn.Module, config: SftConfig, vae_stage: Path, dataset: Path, seed: int
+        self,
+        transformer: torch.nn.Module,
+        config: SftConfig,
+        vae_stage: Path,
+        dataset: Path,
+        seed: int,
+        lora: LoraConfig | None = None,
+        start: Path | None = None,
     ) -> None:
         """
         Args:
             vae_stage: what the VAE stage left: ``model/`` and ``latents/``.
+            lora: settings of the adapter in ``transformer``, where it has one, and
+            start: the policy folder that its base came from.
         """
-        self.module = transformer
+        self.module, self._lora, self._start = transformer, lora, start
         self._config, self._seed = config, seed
         self._vae = load_vae(vae_stage / "model")
         statistics = self._vae.config
@@ -183,7 +190,7 @@ class SftProgram:
         return MicroLoss(errors_B.sum(), len(indices), {"mse": float(errors_B.detach().sum())})
 
     def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-        _export_transformer(folder, self._vae, self.module, weights)
+        export_policy(folder, self._vae, self.module, weights, self._lora, self._start)
 
     def _latents(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         record = self._data.cheap(index)
@@ -193,90 +200,33 @@ class SftProgram:
         )
 
 
-class GrpoConfig(StrictConfig):
-    """The clipped policy-gradient objective."""
-
-    clip_range: float = Field(1e-3, gt=0)
-    """ε of the clipped ratio. With one optimiser step per batch of rollouts the ratio is 1 and the clip is idle."""
-
-
-class GrpoProgram:
-    """Clipped GRPO on the recorded window transitions: one micro-batch is one step of one group.
-
-    The companion of a group is its advantages (G,), NaN for members that lost their scores.
-    """
-
-    def __init__(self, policy: Path, config: GrpoConfig, kernel: KernelConfig, sigmas: Sequence[float]) -> None:
-        """
-        Args:
-            policy: the policy folder to start from.
-        """
-        # Evaluation mode, as in the sampler: the ratio of an unchanged policy is exactly 1.
-        self.module = load_transformer(policy).eval()
-        self._policy = policy
-        self._config, self._kernel, self._sigmas = config, kernel, tuple(sigmas)
-
-    def micro_batches(
-        self, payload: GroupTrajectory, extra: np.ndarray
-    ) -> Sequence[tuple[GroupTrajectory, np.ndarray, int]]:
-        return [(payload, extra, place) for place in range(len(payload.steps))]
-
-    def loss(self, model: torch.nn.Module, micro: tuple[GroupTrajectory, np.ndarray, int]) -> MicroLoss:
-        group, advantages_G, place = micro
-        step = group.steps[place]
-        condition = group.condition()
-        states, next_states = group.states(place), group.states(place + 1)
-        sigma, sigma_next = self._sigmas[step], self._sigmas[step + 1]
-        # Every member is forwarded, also those without a score: the ratio is exact only at the rollout's batch shape.
-        output = velocity(
-            model,
-            states,
-            torch.full((len(states),), sigma),
-            condition.inputs_BNCHW,
-            condition.text_BTD,
-            condition.text_mask_BT,
-        )
-        log_probs = replay_log_prob(self._kernel, states, next_states, output, (sigma, sigma_next, self._sigmas[1]))
-        advantages = torch.tensor(advantages_G, dtype=torch.float32)
-        kept = ~advantages.isnan()
-        old = torch.tensor(group.log_probs_GW[:, place])
-        result = clipped_loss(log_probs[kept], old[kept], advantages[kept], self._config.clip_range)
-        ratios, log_ratios = result.ratios_B, (log_probs - old)[kept].detach()
-        return MicroLoss(
-            total=result.losses_B.sum(),
-            count=int(kept.sum()),
-            stats={
-                "ratio": float(ratios.sum()),
-                "max_ratio_error": float((ratios - 1).abs().max()),
-                "clipped": float(result.clipped_B.float().sum()),
-                "approx_kl": float((ratios - 1 - log_ratios).sum()),  # Schulman's k3 estimator
-            },
-        )
-
-    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-        _export_transformer(folder, load_vae(self._policy), self.module, weights)
-
-
-def _export_transformer(
-    folder: Path, vae: AutoencoderKL, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]
-) -> None:
-    module = deepcopy(module)
-    module.load_state_dict(weights)
-    save_policy(folder, vae, module)
-
-
 def make_vae_program(network: VaeConfig, config: VaeLossConfig, dataset: Path, seed: int) -> VaeProgram:
     """A fresh VAE and its objective."""
     return VaeProgram(build_vae(network, seed_for(seed, "vae weights")), config, dataset, seed)
 
 
-def make_sft_program(network: DitConfig, config: SftConfig, vae_stage: Path, dataset: Path, seed: int) -> SftProgram:
-    """A fresh transformer that fits the VAE's latents, and its objective."""
+def make_sft_program(
+    network: DitConfig,
+    start: Path | None,
+    lora: LoraConfig | None,
+    config: SftConfig,
+    vae_stage: Path,
+    dataset: Path,
+    seed: int,
+) -> SftProgram:
+    """A fresh transformer that fits the VAE's latents, or the one of the policy folder ``start``, and its objective.
+
+    Raises:
+        ConfigError: the transformer of ``start`` works on other latents than the VAE stage's.
+    """
     channels = int(load_vae(vae_stage / "model").config.latent_channels)
-    transformer = build_dit(network, channels, TEXT_DIM, seed_for(seed, "transformer weights"))
-    return SftProgram(transformer, config, vae_stage, dataset, seed)
-
-
-def make_grpo_program(policy: Path, config: GrpoConfig, kernel: KernelConfig, sigmas: Sequence[float]) -> GrpoProgram:
-    """The policy of an earlier stage and the clipped objective."""
-    return GrpoProgram(policy, config, kernel, sigmas)
+    if start is None:
+        transformer = build_dit(network, channels, TEXT_DIM, seed_for(seed, "transformer weights"))
+    else:
+        transformer = starting_policy(start, lora, seed)
+        if transformer.config.out_channels != channels:
+            raise ConfigError(
+                f"sft.start {start}: its transformer works on {transformer.config.out_channels} latent channels, the "
+                f"VAE of this run makes {channels}; set vae.network.latent_channels, or start from another policy"
+            )
+    return SftProgram(transformer, config, vae_stage, dataset, seed, lora, start)

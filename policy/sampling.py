@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from data.seeding import seed_for
 from policy.dit import velocity
-from policy.kernels import KernelConfig, ode_step, transition
+from policy.kernels import KernelConfig, dpm_step, ode_step, transition
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Trajectory:
     """The window's W + 1 states: entry w is the state before window step w, entry w + 1 the one after."""
     log_probs_BW: torch.Tensor
     """Log-density of each window step under the sampling policy."""
+    means_BWMCHW: torch.Tensor
+    """Mean of each window step under the sampling policy."""
 
 
 def member_noise(shape: Sequence[int], seed: int, step: int, group: int, member: int, name: str) -> torch.Tensor:
@@ -55,6 +58,7 @@ def denoise(
     kernel: KernelConfig | None = None,
     noise: Callable[[int], torch.Tensor] | None = None,
     storage: torch.dtype = torch.float32,
+    solver: Literal["euler", "dpm2m"] = "euler",
 ) -> Trajectory:
     """Integrates from noise at σ = 1 to clean latents.
 
@@ -64,10 +68,12 @@ def denoise(
         window: steps taken by ``kernel`` with ``noise(step)`` (B, M, C, H, W) instead of the ODE.
         storage: dtype in which window states are kept. States are rounded to it before their density is computed,
             so a replay of the stored states meets exactly the same numbers.
+        solver: of the ODE steps. A step after a stochastic one is of first order: the noise broke the history.
     """
-    latents = initial_BMCHW
+    latents, previous = initial_BMCHW, None
     states: list[torch.Tensor] = []
     log_probs: list[torch.Tensor] = []
+    means: list[torch.Tensor] = []
     for step in range(len(sigmas) - 1):
         sigma, sigma_next = sigmas[step], sigmas[step + 1]
         if step in window:
@@ -87,8 +93,15 @@ def denoise(
             move = transition(kernel, latents, v, sigma, sigma_next, sigmas[1])
             latents = (move.mean + move.scale * noise(step).to(move.mean)).to(storage).to(initial_BMCHW.dtype)
             log_probs.append(move.log_prob(latents))
+            means.append(move.mean)
+            previous = None
             if step == window[-1]:
                 states.append(latents.to(storage))
+        elif solver == "dpm2m":
+            clean = latents - sigma * v
+            before = sigmas[step - 1] if step else None
+            latents = dpm_step(latents, clean, previous, (before, sigma, sigma_next)).to(initial_BMCHW.dtype)
+            previous = clean
         else:
             latents = ode_step(latents, v, sigma, sigma_next).to(initial_BMCHW.dtype)
     empty = initial_BMCHW.new_zeros(len(initial_BMCHW), 0)
@@ -96,4 +109,5 @@ def denoise(
         latents_BMCHW=latents,
         window_BWMCHW=torch.stack(states, 1) if states else empty,
         log_probs_BW=torch.stack(log_probs, 1) if log_probs else empty,
+        means_BWMCHW=torch.stack(means, 1) if means else empty,
     )

@@ -16,6 +16,8 @@ class ScheduleConfig(StrictConfig):
     """Number of denoising steps N."""
     shift: float = Field(3.0, gt=0)
     """Time shift k: σ = k·u / (1 + (k − 1)u) over an even grid of u (the paper's code uses 3)."""
+    solver: Literal["euler", "dpm2m"] = "euler"
+    """ODE steps: first-order Euler, or the second-order multistep DPM-Solver++ (2M)."""
 
     def sigmas(self) -> list[float]:
         """N + 1 levels, 1 first and 0 last."""

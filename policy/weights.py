@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import CheckpointError
+from policy.adapters import has_lora, trained
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ def pack(state: Mapping[str, torch.Tensor]) -> tuple[tuple[Entry, ...], np.ndarr
 
 
 def load_packed(module: torch.nn.Module, index: tuple[Entry, ...], buffer: np.ndarray) -> str:
-    """Writes packed weights into ``module`` and returns the digest of what the module now holds.
+    """Writes packed weights into ``module`` (all of it, or its adapter) and returns the digest of what it now holds.
 
     Raises:
         CheckpointError: names or shapes do not fit the module exactly.
     """
-    state = dict(module.state_dict())
+    state = trained(module.state_dict(), has_lora(module))
     if missing := sorted(state.keys() ^ {entry.name for entry in index}):
         raise CheckpointError(f"published weights do not fit the model: {len(missing)} names differ, {missing[:3]}")
     for entry in index:
@@ -62,7 +63,7 @@ def load_packed(module: torch.nn.Module, index: tuple[Entry, ...], buffer: np.nd
             raw = torch.tensor(buffer[entry.offset : entry.offset + entry.nbytes])
             tensor = raw.view(getattr(torch, entry.dtype)).view(entry.shape)
             state[entry.name].copy_(tensor)
-    return digest(module.state_dict())
+    return digest(state)
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

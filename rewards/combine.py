@@ -47,6 +47,10 @@ class RewardConfig(StrictConfig):
     """The reward terms; a task uses those that its entry in the task table activates."""
     std_floor: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Smallest standard deviation a term is divided by, in units of the score; 0 is the paper's rule."""
+    advantage: Literal["terms", "sum", "global", "gdpo"] = "terms"
+    """``terms``: the paper's, each term standardised in its group; ``sum``: the weighted mean of the raw terms
+    standardised in its group; ``global``: that mean, centred in its group, over the standard deviation of the whole
+    batch; ``gdpo``: terms standardised in their group, summed, then standardised over the batch."""
     clamp: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """Advantages are clamped to ±clamp; |z| ≤ √(G−1), so that 5 binds only from G = 27."""
     min_group: int = Field(default=2, ge=2)
@@ -129,6 +133,72 @@ def group_advantages(scores_TG: Array, weights_T: Array | Sequence[float], std_f
     return np.clip(_standardise(combined_G, 1.0 if std_floor > 0 else 0.0), -clamp, clamp)
 
 
+def batch_advantages(scores: Sequence[tuple[Array, Sequence[float]]], config: RewardConfig) -> list[Array]:
+    """Advantages of all groups of a step, by ``config.advantage``.
+
+    - ``terms``: :func:`group_advantages`, the paper's.
+    - ``sum``: the weighted mean of a member's terms, z-scored in its group (Flow-GRPO, arXiv 2505.05470).
+    - ``global``: the same mean minus its group's, over the std of all rewards of the batch (Flow-GRPO's global std).
+    - ``gdpo``: terms z-scored in their group, weighted sum, z-scored over the batch (GDPO, arXiv 2601.05242).
+
+    In ``sum``, ``global`` and ``gdpo`` a member that lacks a weighted term has no advantage: its sum would not be on
+    the scale of the others. ``std_floor`` bounds every divisor that is in units of the scores.
+
+    Args:
+        scores: (scores_TG, weights_T) of each group.
+
+    Returns:
+        (G,) float64 per group, NaN for a member that cannot be judged.
+    """
+    floor, clamp = config.std_floor, config.clamp
+    if config.advantage == "terms":
+        return [group_advantages(scores_TG, weights_T, floor, clamp) for scores_TG, weights_T in scores]
+    sums = [_complete_sum(scores_TG, weights_T, config) for scores_TG, weights_T in scores]
+    if config.advantage == "sum":
+        return [np.clip(_standardise(sums_G, floor), -clamp, clamp) for sums_G in sums]
+    everyone = np.concatenate(sums) if sums else np.empty(0)
+    valid = everyone[~np.isnan(everyone)]
+    if config.advantage == "global":
+        std = valid.std() if len(valid) else 0.0
+        divisor = max(std, floor) if floor > 0 else std + EPSILON
+        return [np.clip(_centre(sums_G) / divisor, -clamp, clamp) for sums_G in sums]
+    mean, std = (valid.mean(), valid.std()) if len(valid) else (0.0, 0.0)
+    divisor = max(std, 1.0) if floor > 0 else std + EPSILON
+    # A group whose members are equally good stays at 0: minus the batch's mean all of them would be pushed one way.
+    # Terms that cancel do so only up to rounding.
+    return [
+        _zeros(sums_G) if _constant(sums_G, NO_SIGNAL * divisor) else np.clip((sums_G - mean) / divisor, -clamp, clamp)
+        for sums_G in sums
+    ]
+
+
+def _complete_sum(scores_TG: Array, weights_T: Array | Sequence[float], config: RewardConfig) -> Array:
+    """One number per member, NaN where a weighted term is missing."""
+    weights = _check(scores_TG, weights_T)
+    values_TG = np.asarray(scores_TG, np.float64)[weights > 0]
+    weights_T1 = weights[weights > 0][:, None]
+    if not len(weights_T1):
+        return np.full(values_TG.shape[1], np.nan)
+    # Not a matrix product: BLAS rounds equal columns differently, and members that are equal must stay equal.
+    if config.advantage != "gdpo":
+        return (weights_T1 * values_TG).sum(0) / weights_T1.sum()
+    return (weights_T1 * np.stack([_standardise(term_G, config.std_floor) for term_G in values_TG])).sum(0)
+
+
+def _constant(values_G: Array, within: float = 0.0) -> bool:
+    valid = values_G[~np.isnan(values_G)]
+    return not len(valid) or bool(np.ptp(valid) <= within)
+
+
+def _centre(values_G: Array) -> Array:
+    """x − mean over the values that are not NaN; exactly 0 where all are equal."""
+    return _zeros(values_G) if _constant(values_G) else values_G - np.nanmean(values_G)
+
+
+def _zeros(values_G: Array) -> Array:
+    return np.where(np.isnan(values_G), np.nan, 0.0)
+
+
 def scalar_rewards(scores_TG: Array, weights_T: Array | Sequence[float]) -> Array:
     """Weighted mean of the raw terms: (G,) float64, NaN for a member without any score; for logs and curves.
 
@@ -167,8 +237,8 @@ def _standardise(values_G: Array, floor: float) -> Array:
     """(x − mean) / std over the values that are not NaN."""
     valid = values_G[~np.isnan(values_G)]
     # Equal values must give exactly 0: rounding of their mean, divided by a std of the same size, would not.
-    if not len(valid) or valid.min() == valid.max():
-        return np.where(np.isnan(values_G), np.nan, 0.0)
+    if _constant(values_G):
+        return _zeros(values_G)
     std = valid.std()
     return (values_G - valid.mean()) / (max(std, floor) if floor > 0 else std + EPSILON)
 

@@ -26,6 +26,14 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     return code, captured.err
 
 
+CONTEXT = {
+    "grpo.sampling": ["grpo.sampling.window.movement=fixed", "grpo.sampling.window.start=1"],
+    "grpo.nft": ["grpo.algorithm=nft"],
+    "grpo.objective": ["grpo.kernel.name=cps"],
+}
+"""Settings beside which some mistakes are mistakes."""
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -34,6 +42,11 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
         ("grpo.sampling.window.size=9", ["window of 9", "10 sampling steps", "first 9"]),
         ("grpo.group=1", ["grpo.group", "greater than or equal to 2"]),
         ("grpo.optimiser.lr=0", ["grpo.optimiser.lr", "greater than 0"]),
+        ("grpo.kernel.eta=0", ["grpo.kernel", "eta 0.0 does not fit flow_sde"]),
+        ("grpo.lora.targets=[attn.to_qq]", ["grpo", "lora.targets: 'attn.to_qq'", "near", "attn.to_q"]),
+        ("sft.lora.rank=4", ["sft", "lora", "sft.start"]),
+        ("grpo.nft.times=11", ["grpo", "nft.times 11", "10 noise levels"]),
+        ("grpo.objective.guard=true", ["grpo", "objective.guard", "kernel.density: gaussian"]),
         ("grpo.tasks.make_coffee=1", ["unknown task 'make_coffee'", "automatic_matting"]),
         ("grpo.tasks.text_to_rgba=1", ["text_to_rgba", "none of the configured rewards"]),
         ("vae.network.norm_groups=7", ["norm_groups must divide"]),
@@ -42,9 +55,7 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     ],
 )
 def test_a_configuration_mistake_names_the_key_and_the_remedy(capsys, override, expected):
-    overrides = [override]
-    if override.startswith("grpo.sampling"):
-        overrides += ["grpo.sampling.window.movement=fixed", "grpo.sampling.window.start=1"]
+    overrides = [override, *(o for prefix, others in CONTEXT.items() if override.startswith(prefix) for o in others)]
     code, message = run_main(capsys, "plan", "demo", *overrides)
     assert code == 2
     for part in expected:
@@ -92,6 +103,43 @@ def test_a_stage_without_the_stage_before_it_says_which_command_to_run(capsys, t
         )
         assert code == 1
         assert f"omnialpha {missing}" in message
+
+
+@pytest.fixture
+def half_policy(tmp_path) -> Path:
+    """A policy folder with a VAE and nothing else."""
+    from policy.folder import save_vae
+    from policy.vae import VaeConfig, build_vae
+
+    folder = tmp_path / "half"
+    save_vae(folder, build_vae(VaeConfig(channels=(8, 16), latent_channels=4, norm_groups=4), seed=0))
+    return folder
+
+
+@pytest.mark.parametrize(("verb", "key"), [("run", "grpo"), ("grpo", "grpo"), ("run", "sft"), ("run", "vae")])
+def test_a_start_without_a_policy_is_named_before_actors_start(capsys, tmp_path, verb, key):
+    folders = [f"run_dir={tmp_path / 'run'}", f"{key}.start={tmp_path / 'nowhere'}"]
+    code, message = run_main(capsys, verb, "tiny", *folders, "tracking.wandb=disabled")
+    assert code == 1
+    assert f"{tmp_path / 'nowhere'}: no vae/ here" in message
+
+
+@pytest.mark.parametrize(("verb", "key"), [("grpo", "grpo"), ("run", "sft")])
+def test_a_start_without_a_transformer_is_named_with_its_key(capsys, tmp_path, half_policy, verb, key):
+    folders = [f"run_dir={tmp_path / 'run'}", f"{key}.start={half_policy}"]
+    code, message = run_main(capsys, verb, "tiny", *folders, "tracking.wandb=disabled")
+    assert code == 1
+    assert f"{key}.start {half_policy}: no transformer/ here" in message
+
+
+def test_a_doubtful_clip_range_is_said_once_before_actors_start_and_stops_nothing(capsys, tmp_path, half_policy):
+    (half_policy / "transformer").mkdir()
+    arguments = [f"run_dir={tmp_path / 'run'}", f"grpo.start={half_policy}", "tracking.wandb=disabled"]
+    arguments += [f"dataset={tmp_path / 'nothing'}", "grpo.minibatches=2", "grpo.objective.clip_range=0.2"]
+    assert main(["grpo", "tiny", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("grpo.objective.clip_range 0.2 is outside") == 1
+    assert "nothing" in captured.err  # the missing dataset, which is looked for afterwards
 
 
 def test_a_misspelt_scorer_is_named_before_actors_start(capsys, tmp_path, real_dataset):

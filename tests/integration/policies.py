@@ -7,11 +7,12 @@ import torch
 
 from actors.rollout import RolloutActor, RolloutSetup
 from data.records import RecordDataset
+from policy.adapters import LoraConfig
 from policy.dit import DitConfig, build_dit
 from policy.folder import save_policy
-from policy.group import GroupRequest, GroupTrajectory
+from policy.group import GroupRequest, GroupTrajectory, Recording
 from policy.kernels import KernelConfig
-from policy.programs import GrpoConfig, GrpoProgram
+from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig, WindowConfig
 from policy.text import TEXT_DIM
 from policy.vae import VaeConfig, build_vae, set_latent_statistics
@@ -37,8 +38,9 @@ def write_policy(folder: Path) -> Path:
 
 def rolled_out(policy: Path, dataset: Path, groups: int, members: int = 3) -> list[tuple[GroupTrajectory, np.ndarray]]:
     """Real groups of several tasks with made-up advantages."""
-    actor = RolloutActor(RolloutSetup(policy, dataset, 7, SAMPLING, KERNEL), threads=1)
-    actor.load(0, *pack(GrpoProgram(policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas()).module.state_dict()))
+    recording = Recording(means=True)
+    actor = RolloutActor(RolloutSetup(Start(policy), dataset, 7, SAMPLING, KERNEL, recording=recording), threads=1)
+    actor.load(0, *pack(GrpoProgram(Start(policy), OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas()).module.state_dict()))
     data = RecordDataset(dataset, "train")
     tasks = ["automatic_matting", "layer_decomposition", "object_removal"]
     draw = np.random.default_rng(5)
@@ -50,21 +52,39 @@ def rolled_out(policy: Path, dataset: Path, groups: int, members: int = 3) -> li
     return out
 
 
+def make_program(policy: Path, objective: GrpoConfig | NftConfig = OBJECTIVE, lora: LoraConfig | None = None):
+    """Either objective on the small policy; picklable through functools.partial."""
+    start, sigmas = Start(policy, lora), SAMPLING.schedule.sigmas()
+    if isinstance(objective, NftConfig):
+        return NftProgram(start, objective, sigmas)
+    return GrpoProgram(start, objective, KERNEL, sigmas)
+
+
 def plain_torch_weights(
-    policy: Path, steps: list[list[tuple[GroupTrajectory, np.ndarray]]], lr: float
+    policy: Path,
+    steps: list[list[tuple[GroupTrajectory, np.ndarray]]],
+    lr: float,
+    objective: GrpoConfig | NftConfig = OBJECTIVE,
+    lora: LoraConfig | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(before, after) of a loop that knows neither Ray nor DeepSpeed: one optimiser step per entry of ``steps``."""
-    program = GrpoProgram(policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas())
+    program = make_program(policy, objective, lora)
     module = program.module
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    optimiser = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
+    held = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in module.state_dict().items() if name in held}
+
+    before = weights()
+    optimiser = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     for groups in steps:
+        program.begin_batch(weights)
         optimiser.zero_grad()
         losses = [program.loss(module, micro) for group in groups for micro in program.micro_batches(*group)]
         (sum(loss.total for loss in losses) / sum(loss.count for loss in losses)).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
-    return before, dict(module.state_dict())
+    return before, weights()
 
 
 def relative_change(before: dict, a: dict, b: dict) -> float:

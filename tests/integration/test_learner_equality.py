@@ -12,13 +12,12 @@ from actors.cluster import ClusterConfig, RoleConfig
 from actors.engine import EngineConfig, OptimiserConfig
 from actors.learner import Item, LearnerGroup
 from common.errors import NumericsError
-from policy.folder import load_transformer
-from policy.programs import make_grpo_program
+from policy.adapters import LoraConfig
+from policy.folder import load_transformer, starting_policy
+from policy.rl import GrpoConfig, NftConfig
 from policy.weights import digest, load_packed
 from tests.integration.policies import (
-    KERNEL,
-    OBJECTIVE,
-    SAMPLING,
+    make_program,
     plain_torch_weights,
     relative_change,
     rolled_out,
@@ -77,13 +76,52 @@ def items(groups) -> list[Item]:
 
 
 def train(learner: LearnerGroup, policy: Path, steps, stage: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    make = functools.partial(make_grpo_program, policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas())
+    make = functools.partial(make_program, policy)
     learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=stage), len(steps))
     records = [learner.train(number, items(groups)) for number, groups in enumerate(steps)]
     name, index, buffer = learner.publish()
     model = load_transformer(policy)
     assert load_packed(model, index, ray.get(buffer)) == name
     return dict(model.state_dict()), records
+
+
+@pytest.mark.parametrize(
+    ("objective", "lora", "stage"),
+    [
+        (GrpoConfig(clip_range=1e-3, guard=True), None, 1),
+        (GrpoConfig(clip_range=1e-3, kl=10.0), None, 3),
+        (GrpoConfig(clip_range=1e-3, kl=10.0, guard=True), LoraConfig(rank=4), 1),
+        (GrpoConfig(clip_range=1e-3, kl=10.0), LoraConfig(rank=4), 3),
+        (NftConfig(times=2), None, 1),
+        (NftConfig(times=2, kl=1.0), LoraConfig(rank=4), 2),
+    ],
+    ids=["guard", "kl", "guard-kl-lora", "kl-lora-zero3", "nft", "nft-kl-lora"],
+)
+def test_every_objective_moves_the_weights_as_plain_torch_does(learners, policy, steps, objective, lora, stage):
+    before, after = plain_torch_weights(policy, steps, LR, objective, lora)
+    learner = learners(2)
+    make = functools.partial(make_program, policy, objective, lora)
+    learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=stage), len(steps))
+    for number, groups in enumerate(steps):
+        learner.begin_batch()
+        record = learner.train(number, items(groups))
+    assert ("kl" in record) == bool(objective.kl)
+    name, index, buffer = learner.publish()
+    model = starting_policy(policy, lora, 0)
+    assert load_packed(model, index, ray.get(buffer)) == name
+    moved = {key: value for key, value in model.state_dict().items() if key in before}
+    assert relative_change(before, moved, after) <= 1e-3
+
+
+def test_old_log_probs_can_be_the_learners_own(learners, policy, steps):
+    learner, groups = learners(2), items(steps[3])
+    learner.setup(functools.partial(make_program, policy), OptimiserConfig(lr=LR), EngineConfig(zero_stage=3), 2)
+    _, delivered = learner.recompute(groups)
+    assert delivered == 0.0  # the learner still holds the policy that sampled the groups
+    learner.train(0, groups)
+    fresh, error = learner.recompute(groups)
+    assert error > 0.0
+    assert learner.train(1, fresh)["max_ratio_error"] == 0.0
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
@@ -124,7 +162,7 @@ def test_ranks_without_work_take_part_with_weight_zero(learners, policy, steps, 
 
 
 def test_terms_lost_between_driver_and_loss_stop_the_run(learners, policy, steps):
-    make = functools.partial(make_grpo_program, policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas())
+    make = functools.partial(make_program, policy)
     learner = learners(1)
     learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
     trajectory, advantages = steps[0][0]
@@ -133,7 +171,7 @@ def test_terms_lost_between_driver_and_loss_stop_the_run(learners, policy, steps
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_group(learners, policy, steps):
-    make = functools.partial(make_grpo_program, policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas())
+    make = functools.partial(make_program, policy)
     learner = learners(1)
     learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
     trajectory, advantages = steps[0][0]
@@ -148,7 +186,7 @@ def test_a_member_without_score_is_left_out_of_loss_and_count(learners, policy, 
     marked = advantages.copy()
     marked[1] = np.nan
     before, after = plain_torch_weights(policy, [[(trajectory, marked)]], LR)
-    make = functools.partial(make_grpo_program, policy, OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas())
+    make = functools.partial(make_program, policy)
     learner = learners(1)
     learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
     learner.train(0, [Item(ray.put(trajectory), count=4, cost=1.0, calls=2, extra=marked)])

@@ -92,6 +92,8 @@ def test_the_evaluation_leaves_a_table_results_and_pictures(finished):
     assert {"low", "high", "difference", "sft", "grpo"} <= results["overall"].keys()
     assert (final / "table.md").read_text().count("|") > 20
     assert (final / "automatic_matting.png").read_bytes().startswith(b"\x89PNG")
+    assert list((final / "cells" / "automatic_matting").glob("*.png"))
+    assert f"{results['overall']['difference']:+.4f}" in (run / "report.html").read_text()
     assert list((run / "grpo" / "pictures").glob("*.png"))
 
 

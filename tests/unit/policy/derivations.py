@@ -7,6 +7,7 @@ from their integers.
 Notation: x latent, v velocity, σ noise level, x̂₀ = x − σv the clean end, x̂₁ = x + (1 − σ)v the noise end.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -65,9 +66,9 @@ def kernel_step(name, x, v, sigma, sigma_next, sigma_star, eta):
     return {"dance": dance, "cps": cps}[name](x, v, sigma, sigma_next, eta)
 
 
-def log_prob(name, x_next, mean, scale):
-    """Mean over dimensions of one sample: a normal density, for CPS the bare negative square."""
-    if name == "cps":
+def log_prob(name, x_next, mean, scale, density="published"):
+    """Mean over dimensions of one sample: a normal density, for CPS as published the bare negative square."""
+    if name == "cps" and density == "published":
         return -float(np.mean((x_next - mean) ** 2))
     variance = scale**2
     return float(np.mean(-0.5 * (np.log(2 * math.pi * variance) + (x_next - mean) ** 2 / variance)))
@@ -77,6 +78,68 @@ def _score_step(x, v, sigma, sigma_next, s):
     dt = sigma_next - sigma
     score = -(x + (1 - sigma) * v) / sigma
     return x + (v - 0.5 * s**2 * score) * dt, s * math.sqrt(-dt)
+
+
+def standard_kl(mean, other, scale):
+    """KL(p ‖ q) = E[log p − log q] per dimension: of two normals of one scale log p − log q is linear in x, so its
+    expectation is its value at the mean of p."""
+    return log_prob("normal", mean, mean, scale) - log_prob("normal", mean, other, scale)
+
+
+def guarded(advantage, log_ratio, mean, old_mean, scale, dt, clip_range):
+    """GRPO-Guard, arXiv 2510.22319: (ratio, loss) of one sample of a step with noise scale c = s√−dt.
+
+    RatioNorm: r = exp((Δlog p + mean (Δμ)²/2c²)·c). The gradient of the clipped loss is weighed by 1/√−dt².
+    """
+    ratio = math.exp(scale * log_ratio + float(np.mean((mean - old_mean) ** 2)) / (2 * scale))
+    bounded = min(max(ratio, 1 - clip_range), 1 + clip_range)
+    return ratio, max(-advantage * ratio, -advantage * bounded) / math.sqrt(-dt) ** 2
+
+
+def nft_divisors(clean, noise, time, v, v_old, beta):
+    """What DiffusionNFT divides the two squared errors of one sample by, without gradient."""
+    return [max(float(np.mean(np.abs(error))), 1e-5) for error in _nft_errors(clean, noise, time, v, v_old, beta)]
+
+
+def nft(clean, noise, time, v, v_old, advantage, beta, advantage_max, divisors=None):
+    """DiffusionNFT, arXiv 2509.16117: (L⁺, L⁻, loss) of one sample."""
+    divisors = nft_divisors(clean, noise, time, v, v_old, beta) if divisors is None else divisors
+    errors = _nft_errors(clean, noise, time, v, v_old, beta)
+    positive, negative = (float(np.mean(e**2)) / d for e, d in zip(errors, divisors, strict=True))
+    optimality = (1 + min(max(advantage / advantage_max, -1), 1)) / 2
+    return positive, negative, advantage_max * (optimality * positive + (1 - optimality) * negative) / beta
+
+
+def _nft_errors(clean, noise, time, v, v_old, beta):
+    """x̂₀ − x₀ of both implicit policies, v_old ± β(v − v_old): what each misses of the direction ε − x₀, times t."""
+    return [time * (noise - clean - (v_old + sign * beta * (v - v_old))) for sign in (1, -1)]
+
+
+def dpm(x, clean, previous, before, sigma, sigma_next):
+    """DPM-Solver++(2M), Algorithm 2 of arXiv 2211.01095 at α = 1 − σ: x′ = (σ′/σ)x − α′(e^−h − 1)D with
+    D = (1 + 1/2r)·x̂₀ − (1/2r)·previous, h = λ′ − λ, r = (λ − λ_before)/h, λ = log(α/σ). First order has D = x̂₀."""
+    with np.errstate(divide="ignore"):
+        last, now, then = (np.log(1 - s) - np.log(s) for s in (before or sigma, sigma, sigma_next))
+    direction = clean
+    if previous is not None and sigma_next > 0:
+        r = (now - last) / (then - now)  # infinite after a step from σ = 1
+        direction = (1 + 1 / (2 * r)) * clean - previous / (2 * r)
+    return sigma_next / sigma * x - (1 - sigma_next) * np.expm1(now - then) * direction
+
+
+def dpm_run(velocity, x, sigmas):
+    """DPM-Solver++(2M) over noise levels, from a state without history."""
+    previous, before = None, None
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        clean = x - sigma * velocity(x, sigma)
+        x, previous, before = dpm(x, clean, previous, before, sigma, sigma_next), clean, sigma
+    return x
+
+
+def gaussian_velocity(x, sigma, mean, spread):
+    """E[ε − x₀ | x] for data N(mean, spread²): its ODE takes the noise z at σ = 1 to mean + spread·z at σ = 0."""
+    variance = (1 - sigma) ** 2 * spread**2 + sigma**2
+    return (sigma - (1 - sigma) * spread**2) / variance * (x - (1 - sigma) * mean) - mean
 
 
 def shifted(u, shift):

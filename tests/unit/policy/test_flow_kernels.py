@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from policy.kernels import KernelConfig, ode_step, transition
+from policy.kernels import KernelConfig, ode_step, standard_kl, transition
 from policy.schedule import ScheduleConfig
 
 KERNELS = ("flow_sde", "dance", "cps")
@@ -58,6 +58,35 @@ def test_mean_scale_and_log_prob_equal_the_papers_formulas(name, sigma, sigma_ne
     expected = [derivations.log_prob(name, row, row_mean, scale) for row, row_mean in rows]
     assert move.log_prob(following).shape == (3,)
     assert move.log_prob(following).tolist() == pytest.approx(expected, abs=tolerance, rel=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("sigma", "sigma_next"), STEPS.values(), ids=STEPS)
+def test_cps_can_have_the_normal_density_with_all_its_constants(sigma, sigma_next, dtype, tolerance):
+    x, v, epsilon = (torch.tensor(part, dtype=dtype) for part in batch(5))
+    levels = (sigma, sigma_next, SCHEDULE[1])
+    move = transition(KernelConfig(name="cps", eta=0.8, density="gaussian"), x, v, *levels)
+    published = transition(KernelConfig(name="cps", eta=0.8), x, v, *levels)
+    assert torch.equal(move.mean, published.mean)
+    assert move.scale == published.scale
+    mean, scale = derivations.cps(x.double().numpy(), v.double().numpy(), sigma, sigma_next, 0.8)
+    following = move.mean + move.scale * epsilon
+    rows = list(zip(following.double().numpy(), mean, strict=True))
+    expected = [derivations.log_prob("cps", *row, scale, density="gaussian") for row in rows]
+    assert move.log_prob(following).tolist() == pytest.approx(expected, abs=tolerance, rel=tolerance)
+    theirs = torch.distributions.Normal(torch.tensor(mean), scale).log_prob(following.double()).flatten(1).mean(1)
+    assert expected == pytest.approx(theirs.tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("density", ["published", "gaussian"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_only_cps_as_published_has_no_normal_density(name, density):
+    config = KernelConfig(name=name, eta=ETA[name], density=density)
+    x, v, epsilon = (torch.tensor(part) for part in batch(6))
+    move = transition(config, x, v, *STEPS["middle"], SCHEDULE[1])
+    normal = torch.distributions.Normal(move.mean, move.scale).log_prob(epsilon).flatten(1).mean(1)
+    assert config.gaussian == ((name, density) != ("cps", "published"))
+    assert torch.allclose(move.log_prob(epsilon), normal, rtol=0, atol=1e-9) == config.gaussian
 
 
 @pytest.mark.parametrize("row", derivations.PEERS_ROWS, ids=lambda row: f"{row[0]} {row[2]}→{row[3]}")
@@ -188,9 +217,57 @@ def test_log_prob_carries_gradient_to_the_velocity(name):
     assert float(v.grad.abs().min()) > 0
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@given(order=st.permutations(range(3)), levels=noise_levels(), seed=st.integers(0, 2**32))
+def test_a_batch_in_another_order_makes_the_same_steps_in_that_order(name, order, levels, seed):
+    random = np.random.default_rng(seed)
+    x, v, following = (torch.tensor(random.normal(size=(3, 2, 5))) for _ in range(3))
+    config = KernelConfig(name=name, eta=ETA[name])
+    here, there = (transition(config, x[k], v[k], *levels, SIGMA_1) for k in (slice(None), order))
+    assert there.mean.numpy() == pytest.approx(here.mean[order].numpy(), abs=1e-12)
+    expected = here.log_prob(following)[order].tolist()
+    assert there.log_prob(following[order]).tolist() == pytest.approx(expected, abs=1e-9, rel=1e-12)
+    kl = standard_kl(here.mean, following, here.scale)[order].tolist()
+    assert standard_kl(there.mean, following[order], there.scale).tolist() == pytest.approx(kl, rel=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("sigma", "sigma_next"), STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kl_of_two_policies_is_that_of_their_normal_steps_per_dimension(name, sigma, sigma_next, dtype, tolerance):
+    x, v, reference = (torch.tensor(part, dtype=dtype) for part in batch(7))
+    config = KernelConfig(name=name, eta=ETA[name])
+    here, there = (transition(config, x, velocity, sigma, sigma_next, SCHEDULE[1]) for velocity in (v, reference))
+    kl = standard_kl(here.mean, there.mean, here.scale)
+    assert kl.shape == (3,)
+    (mean, scale), (other, _) = (
+        derivations.kernel_step(name, x.double().numpy(), u.double().numpy(), sigma, sigma_next, star(sigma), ETA[name])
+        for u in (v, reference)
+    )
+    expected = [derivations.standard_kl(a, b, scale) for a, b in zip(mean, other, strict=True)]
+    assert kl.tolist() == pytest.approx(expected, abs=tolerance, rel=tolerance)
+    normals = (torch.distributions.Normal(torch.tensor(m), scale) for m in (mean, other))
+    theirs = torch.distributions.kl_divergence(*normals).flatten(1).sum(1) / x[0].numel()
+    assert kl.tolist() == pytest.approx(theirs.tolist(), abs=tolerance, rel=tolerance)
+
+
+def test_the_kl_pulls_the_mean_to_the_reference_and_is_zero_there():
+    mean, other, _ = (torch.tensor(part) for part in batch(8))
+    mean.requires_grad_()
+    standard_kl(mean, other, 0.3).sum().backward()
+    expected = (mean.detach() - other) / (0.3**2 * other[0].numel())
+    assert mean.grad.numpy() == pytest.approx(expected.numpy(), abs=1e-12)
+    assert standard_kl(other, other, 0.3).tolist() == [0.0] * 3
+
+
 @pytest.mark.parametrize(
     ("name", "eta"), [("flow_sde", 0.0), ("dance", -0.1), ("cps", 0.0), ("cps", 1.01), ("flow_sde", float("nan"))]
 )
 def test_a_noise_level_that_does_not_fit_the_kernel_is_refused(name, eta):
     with pytest.raises(ValidationError, match="eta"):
         KernelConfig(name=name, eta=eta)
+
+
+def test_an_unknown_density_is_refused():
+    with pytest.raises(ValidationError, match="density"):
+        KernelConfig(name="cps", density="normal")

@@ -33,7 +33,7 @@ elements = st.lists(
 def loss_of(log_ratios, advantages, clip_range=0.1):
     old = torch.linspace(-1.0, 0.5, len(log_ratios), dtype=torch.float64)
     new = (old + torch.tensor(log_ratios, dtype=torch.float64)).requires_grad_()
-    return new, clipped_loss(new, old, torch.tensor(advantages, dtype=torch.float64), clip_range)
+    return new, clipped_loss(new - old, torch.tensor(advantages, dtype=torch.float64), clip_range)
 
 
 def test_clipped_loss_reproduces_the_numbers_published_by_the_peers():
@@ -68,8 +68,7 @@ def test_clipped_loss_treats_every_element_by_itself(drawn, random):
     order = list(range(len(drawn)))
     random.shuffle(order)
     log_ratios, advantages = (torch.tensor(part, dtype=torch.float64) for part in zip(*drawn, strict=True))
-    old = torch.zeros_like(log_ratios)
-    here, there = (clipped_loss(log_ratios[k], old, advantages[k], 0.1) for k in (slice(None), order))
+    here, there = (clipped_loss(log_ratios[k], advantages[k], 0.1) for k in (slice(None), order))
     assert torch.equal(here.losses_B[order], there.losses_B)
     assert torch.equal(here.clipped_B[order], there.clipped_B)
     assert torch.equal(here.ratios_B[order], there.ratios_B)

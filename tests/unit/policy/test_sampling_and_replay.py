@@ -4,15 +4,14 @@ import derivations
 import numpy as np
 import pytest
 import torch
-from tiny_models import CHANNELS, live_dit, make_condition, measured_vae, normal
+from tiny_models import CHANNELS, live_dit, make_condition, make_group, measured_vae, normal
 from torch import nn
 
 from policy.dit import to_tokens, velocity
 from policy.folder import save_policy
-from policy.group import GroupTrajectory
-from policy.kernels import KernelConfig
+from policy.kernels import KernelConfig, transition
 from policy.objectives import clipped_loss, replay_log_prob
-from policy.programs import GrpoConfig, GrpoProgram
+from policy.rl import GrpoConfig, GrpoProgram, Start
 from policy.sampling import Condition, denoise, member_noise
 from policy.schedule import ScheduleConfig
 
@@ -72,7 +71,7 @@ def test_a_replay_gives_the_delivered_log_probs_to_the_bit(model, name, window, 
     assert result.log_probs_BW.dtype == torch.float32
     again = replayed(model, result, window, name)
     assert torch.equal(again, result.log_probs_BW)
-    loss = clipped_loss(again[:, 0], result.log_probs_BW[:, 0], torch.ones(BATCH), 1e-6)
+    loss = clipped_loss((again - result.log_probs_BW)[:, 0], torch.ones(BATCH), 1e-6)
     assert loss.ratios_B.tolist() == [1.0] * BATCH
 
 
@@ -108,6 +107,7 @@ def test_without_a_window_the_whole_run_is_a_plain_euler_loop_and_records_nothin
     assert torch.equal(result.latents_BMCHW, euler_by_hand(model, normal(*SHAPE, seed=7), range(len(SIGMAS) - 1)))
     assert result.window_BWMCHW.numel() == 0
     assert result.log_probs_BW.shape == (BATCH, 0)
+    assert result.means_BWMCHW.shape == (BATCH, 0)
 
 
 class Linear(nn.Module):
@@ -124,6 +124,35 @@ def test_the_ode_of_a_velocity_known_on_paper_comes_out_as_on_paper():
         x = derivations.euler(x, x / 2 - sigma, sigma, sigma_next)
     assert result.latents_BMCHW.dtype == torch.float64
     assert result.latents_BMCHW.numpy() == pytest.approx(x, abs=1e-12)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_recorded_means_give_the_recorded_log_probs(model, name, storage):
+    window = WINDOWS["all"]
+    result = sample(model, window, name, storage)
+    assert result.means_BWMCHW.dtype == torch.float32
+    assert result.means_BWMCHW.shape == (BATCH, len(window), *SHAPE[1:])
+    for place, step in enumerate(window):
+        star = SIGMAS[1] if step == 0 else SIGMAS[step]
+        _, scale = derivations.kernel_step(name, 0.0, 0.0, SIGMAS[step], SIGMAS[step + 1], star, KERNELS[name])
+        mean, following = result.means_BWMCHW[:, place], result.window_BWMCHW[:, place + 1]
+        rows = zip(following.double().numpy(), mean.double().numpy(), strict=True)
+        expected = [derivations.log_prob(name, row, row_mean, scale) for row, row_mean in rows]
+        assert result.log_probs_BW[:, place].tolist() == pytest.approx(expected, abs=1e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_replay_gives_the_recorded_means_to_the_bit(model, name, storage):
+    window, condition = WINDOWS["all"], make_condition(BATCH)
+    result = sample(model, window, name, storage)
+    for place, step in enumerate(window):
+        state, times = result.window_BWMCHW[:, place].float(), torch.full((BATCH,), SIGMAS[step])
+        v = velocity(model, state, times, condition.inputs_BNCHW, condition.text_BTD)
+        kernel = KernelConfig(name=name, eta=KERNELS[name])
+        move = transition(kernel, state, v, SIGMAS[step], SIGMAS[step + 1], SIGMAS[1])
+        assert torch.equal(move.mean, result.means_BWMCHW[:, place])
 
 
 def test_the_model_meets_the_very_states_that_are_stored(model):
@@ -161,6 +190,7 @@ def test_sampling_builds_no_autograd_graph():
     result = sample(live_dit(), range(0, 2))
     assert not result.latents_BMCHW.requires_grad
     assert not result.log_probs_BW.requires_grad
+    assert not result.means_BWMCHW.requires_grad
 
 
 def test_a_window_on_the_last_step_is_refused(model):
@@ -183,17 +213,11 @@ def test_a_condition_is_repeated_for_every_member_of_a_group():
 def test_the_learners_first_ratio_is_exactly_one_and_a_member_without_a_score_is_left_out(tmp_path, name):
     save_policy(tmp_path, measured_vae(), live_dit())
     kernel, window = KernelConfig(name=name, eta=KERNELS[name]), range(0, 3)
-    program = GrpoProgram(tmp_path, GrpoConfig(clip_range=1e-4), kernel, SIGMAS)
+    program = GrpoProgram(Start(tmp_path), GrpoConfig(clip_range=1e-4), kernel, SIGMAS)
     assert not program.module.training  # the sampler is in evaluation mode too
     single = make_condition(1)
     result = denoise(program.module, single.expand(BATCH), normal(*SHAPE, seed=7), SIGMAS, window, kernel, noise)
-    group = GroupTrajectory(
-        tuple(window),
-        single.inputs_BNCHW[0].numpy(),
-        single.text_BTD[0].numpy(),
-        result.window_BWMCHW.numpy(),
-        result.log_probs_BW.numpy(),
-    )
+    group = make_group(single, result, window)
     advantages = np.array([1.5, np.nan, -0.5])
     micros = program.micro_batches(group, advantages)
     assert len(micros) == 3
@@ -201,6 +225,7 @@ def test_the_learners_first_ratio_is_exactly_one_and_a_member_without_a_score_is
         loss = program.loss(program.module, micro)
         assert loss.count == 2
         assert loss.stats["ratio"] == 2.0
+        assert loss.stats["max_ratio"] == 1.0
         assert loss.stats["max_ratio_error"] == 0.0
         assert loss.stats["approx_kl"] == 0.0
         assert loss.stats["clipped"] == 0.0
@@ -212,16 +237,10 @@ def test_the_learners_first_ratio_is_exactly_one_and_a_member_without_a_score_is
 def test_the_policy_gradient_raises_the_log_prob_of_the_better_member(tmp_path):
     save_policy(tmp_path, measured_vae(), live_dit())
     kernel, window = KernelConfig(), range(1, 2)
-    program = GrpoProgram(tmp_path, GrpoConfig(clip_range=0.2), kernel, SIGMAS)
+    program = GrpoProgram(Start(tmp_path), GrpoConfig(clip_range=0.2), kernel, SIGMAS)
     single = make_condition(1)
     result = denoise(program.module, single.expand(BATCH), normal(*SHAPE), SIGMAS, window, kernel, noise)
-    group = GroupTrajectory(
-        (1,),
-        single.inputs_BNCHW[0].numpy(),
-        single.text_BTD[0].numpy(),
-        result.window_BWMCHW.numpy(),
-        result.log_probs_BW.numpy(),
-    )
+    group = make_group(single, result, window)
     optimiser = torch.optim.SGD(program.module.parameters(), lr=1e-4)
     (micro,) = program.micro_batches(group, np.array([1.0, 0.0, -1.0]))
     program.loss(program.module, micro).total.backward()

@@ -1,10 +1,13 @@
 """Networks small enough for the tests, with weights at which every path matters."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from policy.dit import DitConfig, build_dit
-from policy.sampling import Condition
+from policy.group import GroupTrajectory
+from policy.sampling import Condition, Trajectory
 from policy.vae import VaeConfig, build_vae, set_latent_statistics
 
 CHANNELS, TEXT = 4, 16
@@ -37,3 +40,17 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 def make_condition(batch: int, inputs: int = 1, size: int = 4, tokens: int = 5, seed: int = 90) -> Condition:
     """Random condition images and text."""
     return Condition(normal(batch, inputs, CHANNELS, size, size, seed=seed), normal(batch, tokens, TEXT, seed=seed + 1))
+
+
+def make_group(condition: Condition, result: Trajectory, steps: Iterable[int]) -> GroupTrajectory:
+    """What a learner is handed of a sampled group; ``condition`` is the batch of one that its members share."""
+    return GroupTrajectory(
+        key=(0, 1, 2),
+        steps=tuple(steps),
+        inputs_NCHW=condition.inputs_BNCHW[0].numpy(),
+        text_TD=condition.text_BTD[0].numpy(),
+        window_GWMCHW=result.window_BWMCHW.numpy(),
+        log_probs_GW=result.log_probs_BW.numpy(),
+        clean_GMCHW=result.latents_BMCHW.numpy(),
+        means_GWMCHW=result.means_BWMCHW.numpy(),
+    )

@@ -1,0 +1,100 @@
+"""The GRPO stage without Ray, DeepSpeed, actors or stages, read from top to bottom: what the real one must equal."""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from data.records import RecordDataset
+from data.sampler import TaskSampler
+from data.seeding import seed_for
+from data.tasks import get_task
+from pipeline.config import RunConfig
+from policy.dit import velocity
+from policy.folder import load_vae, starting_policy
+from policy.kernels import transition
+from policy.sampling import Condition, denoise, member_noise
+from policy.text import TextEncoder
+from policy.vae import LatentCodec
+from rewards.base import RewardBatch, build, run_scorer
+from rewards.combine import active_terms, group_advantages
+
+
+@dataclass
+class Outcome:
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor] = field(default_factory=dict)
+    groups: list[torch.Tensor] = field(default_factory=list)
+    """Clean latents of every group, in order."""
+    norms: list[float] = field(default_factory=list)
+    """Gradient norm of every optimiser step."""
+    seconds: list[float] = field(default_factory=list)
+    """Duration of every step of the loop."""
+
+
+def reference_loop(config: RunConfig) -> Outcome:
+    stage, rewards, seed = config.grpo, config.rewards, config.seed
+    assert stage.start is not None
+    model = starting_policy(stage.start, stage.lora, seed_for(seed, "adapter")).eval()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(trained.values(), lr=stage.optimiser.lr, weight_decay=0.0)
+    codec, text, sigmas = LatentCodec(load_vae(stage.start)), TextEncoder(), stage.sampling.schedule.sigmas()
+    data = RecordDataset(config.dataset_folder, "train")
+    sampler = TaskSampler(data.task_positions, stage.tasks, seed_for(seed, "stream", "grpo"))
+    scorers = [build(term.source, term.params) for term in rewards.terms]
+    out = Outcome({name: p.detach().clone() for name, p in trained.items()})
+    for step in range(stage.steps):
+        batch, began = [], time.perf_counter()
+        for number in range(stage.prompts):
+            record = data.record(int(sampler.draw(step * stage.prompts + number, 1).indices[0]))
+            sample, task = record.decode(), get_task(record.task)
+            inputs = codec.encode(torch.stack(list(sample.inputs)))
+            condition = Condition(inputs[None], text.encode(record.prompt)[None]).expand(stage.group)
+            shape, key = (len(task.targets), *inputs.shape[1:]), (seed, step + 1, number)
+            noise = {
+                name: torch.stack([member_noise(shape, *key, g, name) for g in range(stage.group)])
+                for name in ["initial", *(f"step {k}" for k in range(len(sigmas)))]
+            }
+            window = stage.sampling.window_steps(seed, step, number)
+
+            def drawn(k: int, noise: dict[str, torch.Tensor] = noise) -> torch.Tensor:
+                return noise[f"step {k}"]
+
+            made = denoise(model, condition, noise["initial"], sigmas, window, stage.kernel, drawn)
+            layers = torch.stack([codec.decode(member) for member in made.latents_BMCHW])
+            shown = RewardBatch(
+                record.task, record.prompt, task.targets, layers, sample.targets_LCHW, tuple(sample.inputs), task.inputs
+            )
+            active = active_terms(rewards, record.task)
+            scores_TG = np.stack([run_scorer(rewards.terms[k].name, scorers[k], shown).values_G for k in active])
+            weights = [rewards.terms[k].weight for k in active]
+            advantages = torch.tensor(
+                group_advantages(scores_TG, weights, rewards.std_floor, rewards.clamp), dtype=torch.float32
+            )
+            out.groups.append(made.latents_BMCHW)
+            if advantages.abs().max() > 1e-6:
+                batch.append((condition, window, made, advantages))
+        for epoch in range(stage.epochs):
+            order = np.arange(len(batch))
+            if stage.epochs * stage.minibatches > 1:
+                order = np.random.default_rng(seed_for(seed, "epoch", step, epoch)).permutation(len(batch))
+            for part in np.array_split(order, min(stage.minibatches, len(batch))):
+                optimiser.zero_grad()
+                losses = []
+                for condition, window, made, advantages in (batch[k] for k in part):
+                    for place, k in enumerate(window):
+                        x, following = made.window_BWMCHW[:, place], made.window_BWMCHW[:, place + 1]
+                        times = torch.full((stage.group,), sigmas[k])
+                        v = velocity(model, x, times, condition.inputs_BNCHW, condition.text_BTD)
+                        move = transition(stage.kernel, x, v, sigmas[k], sigmas[k + 1], sigmas[1])
+                        ratio = (move.log_prob(following) - made.log_probs_BW[:, place]).exp()
+                        clipped = ratio.clamp(1 - stage.objective.clip_range, 1 + stage.objective.clip_range)
+                        losses.append(torch.maximum(-advantages * ratio, -advantages * clipped))
+                torch.cat(losses).mean().backward()
+                norm = torch.nn.utils.clip_grad_norm_(trained.values(), stage.optimiser.clip_norm)
+                out.norms.append(float(norm))
+                optimiser.step()
+        out.seconds.append(time.perf_counter() - began)
+    out.after = {name: p.detach().clone() for name, p in trained.items()}
+    return out

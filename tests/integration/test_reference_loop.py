@@ -1,0 +1,199 @@
+"""The real loop takes the steps of the reference loop, however it is spread over processes; broken loops do not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+import pipeline.grpo
+from actors.cluster import ClusterConfig, RoleConfig
+from actors.learner import LearnerGroup
+from actors.reward import RewardPool
+from actors.rollout import RolloutPool, RolloutSetup
+from common.errors import NumericsError
+from common.events import read_events
+from pipeline.config import RunConfig, load_config
+from pipeline.grpo import run_grpo
+from pipeline.run import Run
+from pipeline.train import starting_point
+from policy.folder import load_transformer, starting_policy
+from tests.integration.policies import relative_change, write_policy
+from tests.integration.reference_loop import Outcome, reference_loop
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+
+check_first_ratio = pipeline.grpo.check_first_ratio
+
+VARIANTS = {
+    "full": [],
+    "lora": ["grpo.lora={rank: 4}"],
+    "updates": ["grpo.minibatches=2", "grpo.epochs=2", "grpo.objective.clip_range=0.01"],
+    "cps": ["grpo.kernel={name: cps, eta: 0.8}", "grpo.share_noise=false"],
+}
+
+
+@dataclass
+class Bench:
+    """Actors that are started once and serve every case."""
+
+    policy: Path
+    dataset: Path
+    learners: dict[int, LearnerGroup]
+    rollouts: dict[str, RolloutPool]
+    rewards: RewardPool | None
+
+    def config(self, folder: Path, variant: str, *overrides: str) -> RunConfig:
+        base = [
+            f"run_dir={folder}", f"dataset={self.dataset}", f"grpo.start={self.policy}", "grpo.steps=5",
+            "grpo.prompts=5", "grpo.group=3", "grpo.optimiser.lr=1e-3", "grpo.pictures_every=100",
+            "tracking.wandb=disabled", "keep_commits=1",
+        ]  # fmt: skip
+        return load_config("tiny", [*base, *VARIANTS[variant], *overrides])
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, real_dataset, ray_cluster):
+    made = Bench(write_policy(tmp_path_factory.mktemp("policy")), real_dataset, {}, {}, None)
+    yield made
+    for learner in made.learners.values():
+        learner.close()
+
+
+@pytest.fixture(scope="module")
+def reference(bench, tmp_path_factory) -> Callable[[str], Outcome]:
+    known: dict[str, Outcome] = {}
+
+    def get(variant: str) -> Outcome:
+        if variant not in known:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # as the rollout actors
+            known[variant] = reference_loop(bench.config(tmp_path_factory.mktemp("unused"), variant))
+            torch.set_num_threads(threads)
+        return known[variant]
+
+    return get
+
+
+def real_loop(bench: Bench, config: RunConfig, variant: str, ranks: int, rollouts: int) -> Outcome:
+    role = RoleConfig(actors=ranks, cpus=0.1)
+    if ranks not in bench.learners:
+        bench.learners[ranks] = LearnerGroup(ClusterConfig(learner=role, deadline_s=240))
+    bench.rewards = bench.rewards or RewardPool(ClusterConfig(reward=RoleConfig(cpus=0.1)), config.rewards)
+    run = Run(config)
+    start = starting_point(run, "grpo")
+    kind = f"{config.grpo.lora} {config.grpo.kernel}"
+    if kind not in bench.rollouts:
+        setup = RolloutSetup(start, bench.dataset, config.seed, config.grpo.sampling, config.grpo.kernel)
+        count = 3 if variant == "full" else 1
+        bench.rollouts[kind] = RolloutPool(ClusterConfig(rollout=RoleConfig(actors=count, cpus=0.1)), setup)
+    pool = bench.rollouts[kind]
+    everyone, pool.actors = pool.actors, pool.actors[:rollouts]
+    groups: list[Any] = []
+
+    def watched(asked, *rest):
+        groups.extend(ray.get(group.trajectory).clean_GMCHW for group in asked)
+        return collect(asked, *rest)
+
+    collect = pipeline.grpo.collect
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline.grpo, "collect", watched)
+            run_grpo(run, bench.learners[ranks], pool, bench.rewards)
+    finally:
+        pool.actors = everyone
+        run.close()
+    model = starting_policy(config.grpo.start, config.grpo.lora, start.seed)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    final = load_transformer(run.final("grpo") / "model")
+    after = {name: value for name, value in final.state_dict().items() if name in before}
+    steps = [e for e in read_events(run.folder / "events.jsonl") if e["event"] == "step"]
+    assert all(step["first_ratio_error"] <= 1e-6 for step in steps)
+    return Outcome(before, after, [torch.tensor(group) for group in groups], [s["max_grad_norm"] for s in steps])
+
+
+def assert_equal(real: Outcome, expected: Outcome) -> None:
+    for name in expected.before:
+        assert torch.equal(real.before[name], expected.before[name])
+    apart = [float((a - b).norm() / b.norm()) for a, b in zip(real.groups, expected.groups, strict=True)]
+    assert max(apart[:5]) <= 1e-6, apart  # sampled by the very same weights
+    assert max(apart) <= 1e-3, apart
+    assert relative_change(real.before, real.after, expected.after) <= 1e-3
+    per_step = len(expected.norms) // len(real.norms)
+    largest = [max(expected.norms[k : k + per_step]) for k in range(0, len(expected.norms), per_step)]
+    np.testing.assert_allclose(real.norms, largest, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("variant", "ranks", "rollouts", "stage"),
+    [
+        ("full", 1, 1, 1),
+        ("full", 2, 3, 0),
+        ("full", 2, 1, 1),
+        ("full", 2, 3, 2),
+        ("full", 2, 1, 3),
+        ("lora", 1, 1, 1),
+        ("lora", 2, 1, 3),
+        ("updates", 2, 3, 1),
+        ("cps", 2, 1, 1),
+    ],
+)
+def test_the_real_loop_equals_the_reference_loop(bench, reference, tmp_path, variant, ranks, rollouts, stage):
+    config = bench.config(tmp_path / "run", variant, f"grpo.zero_stage={stage}")
+    assert_equal(real_loop(bench, config, variant, ranks, rollouts), reference(variant))
+
+
+def lose_a_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    select = pipeline.grpo.select
+
+    def lossy(scored, config):
+        batch = select(scored, config)
+        kept = [replace(batch.items[0], payload=ray.put(shortened(ray.get(batch.items[0].payload)))), *batch.items[1:]]
+        kept[0] = replace(kept[0], count=kept[0].count // 2)
+        return replace(batch, items=kept)
+
+    def shortened(group):
+        return replace(group, steps=group.steps[:-1])
+
+    patch.setattr(pipeline.grpo, "select", lossy)
+
+
+def keep_stale_weights(patch: pytest.MonkeyPatch) -> None:
+    publish = RolloutPool.publish
+    first: list[Any] = []
+
+    def stale(self, version, *weights):
+        first.append(weights)
+        publish(self, version, *first[0])
+
+    patch.setattr(RolloutPool, "publish", stale)
+    patch.setattr(pipeline.grpo, "check_first_ratio", lambda *_: None)  # which would stop it by itself
+
+
+def scale_twice(patch: pytest.MonkeyPatch) -> None:
+    train = LearnerGroup.train
+
+    def doubled(self, step, items):
+        return train(self, step, [replace(item, extra=item.extra * 2) for item in items])
+
+    patch.setattr(LearnerGroup, "train", doubled)
+
+
+@pytest.mark.parametrize("breakage", [lose_a_micro_batch, keep_stale_weights, scale_twice])
+@pytest.mark.parametrize(("variant", "ranks"), [("full", 1), ("full", 2), ("lora", 1), ("updates", 2)])
+def test_a_broken_loop_does_not(bench, reference, tmp_path, monkeypatch, breakage, variant, ranks):
+    config = bench.config(tmp_path / "run", variant)
+    breakage(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_equal(real_loop(bench, config, variant, ranks, 1), reference(variant))
+
+
+def test_stale_weights_stop_the_run_by_themselves(bench, tmp_path, monkeypatch):
+    keep_stale_weights(monkeypatch)
+    monkeypatch.setattr(pipeline.grpo, "check_first_ratio", check_first_ratio)
+    with pytest.raises(NumericsError, match="step 2: the first ratio is off by"):
+        real_loop(bench, bench.config(tmp_path / "run", "full"), "full", 1, 1)
