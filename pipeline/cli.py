@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, OmniAlphaError
+from pipeline import report, reward_commands, sample
 
 log = logging.getLogger("omnialpha")
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"omnialpha: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("omnialpha: interrupted; the same command goes on from the last commit", file=sys.stderr)
+        print("omnialpha: interrupted; the same command again takes a run up at its last commit", file=sys.stderr)
         return 130
     finally:
         log.removeHandler(terminal)
@@ -65,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     check = data.add_parser("verify", help="decode every record and check every digest")
     check.add_argument("folder", type=Path)
     check.set_defaults(handler=_data_verify)
+    report.register(commands)
+    reward_commands.register(commands)
+    sample.register(commands)
     return parser
 
 
@@ -76,11 +80,11 @@ def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     from pipeline.config import load_config
-    from pipeline.stages import STAGES, run_stages
+    from pipeline.stages import run_stages, stages_of
 
     config = load_config(options.config, options.overrides)
-    chosen = STAGES if options.stage == "run" else ("evaluate" if options.stage == "eval" else options.stage,)
-    run_stages(config, chosen)
+    one = "evaluate" if options.stage == "eval" else options.stage
+    run_stages(config, stages_of(config) if options.stage == "run" else (one,))
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -10,21 +10,33 @@ from actors.cluster import connected
 from actors.learner import LearnerGroup
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
-from common.errors import StorageError
+from common.errors import CheckpointError, StorageError
 from data.build import build_dataset
 from data.records import RecordDataset, content_digest
 from pipeline.config import RunConfig
 from pipeline.evaluate import run_evaluate
 from pipeline.grpo import run_grpo
+from pipeline.report import report_finished
+from pipeline.report_data import environment
 from pipeline.run import Run
-from pipeline.train import run_sft, run_vae
+from pipeline.train import run_sft, run_vae, starting_point
+from policy.folder import load_vae
 from rewards.base import build
 
 log = logging.getLogger("omnialpha")
 
 STAGES = ("vae", "sft", "grpo", "evaluate")
-NEEDS = {"vae": (), "sft": ("vae",), "grpo": ("sft",), "evaluate": ("sft", "grpo")}
-"""Stages whose results a stage starts from."""
+
+
+def stages_of(config: RunConfig) -> tuple[str, ...]:
+    """The stages of a whole run: those before ``grpo.start`` are not wanted."""
+    return STAGES if config.grpo.start is None else ("grpo", "evaluate")
+
+
+def needs(config: RunConfig, stage: str) -> tuple[str, ...]:
+    """Stages whose results a stage starts from."""
+    sft = () if config.grpo.start else ("sft",)
+    return {"vae": (), "sft": ("vae",), "grpo": sft, "evaluate": (*sft, "grpo")}[stage]
 
 
 def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
@@ -36,8 +48,11 @@ def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
             if stage not in todo:
                 log.info("%s: done, skipped", stage)
         if todo:
+            run.events.write("environment", **environment())
             _prepare(run, todo)
             _run_on_cluster(run, todo)
+        if "evaluate" in stages:
+            report_finished(run.folder)
         log.info("run folder: %s", run.folder)
     except BaseException as error:
         with contextlib.suppress(StorageError):  # a full disk must not hide the error that brought us here
@@ -52,9 +67,20 @@ def _prepare(run: Run, todo: Sequence[str]) -> None:
     """Everything that can be found out without actors: earlier stages, scorers, data."""
     config = run.config
     for stage in todo:
-        for needed in NEEDS[stage]:
+        for needed in needs(config, stage):
             if needed not in todo:
                 run.require(needed, wanted_by=stage)
+    for key, folder in (("vae", config.vae.start), ("sft", config.sft.start), ("grpo", config.grpo.start)):
+        if folder and key in todo:
+            if not (folder / "vae").is_dir():
+                raise CheckpointError(f"{key}.start {folder}: no vae/ here; give the folder of a trained policy")
+            load_vae(folder)
+            if key != "vae" and not (folder / "transformer").is_dir():
+                raise CheckpointError(
+                    f"{key}.start {folder}: no transformer/ here; give the folder of a trained policy"
+                )
+    for doubt in config.grpo.doubts() if "grpo" in todo else ():
+        log.warning("%s", doubt)
     for term in config.rewards.terms:
         build(term.source, term.params)
     ensure_dataset(config)
@@ -77,9 +103,10 @@ class Actors:
 
     @cached_property
     def rollouts(self) -> RolloutPool:
-        policy, grpo = self._run.require("sft", wanted_by="grpo") / "model", self._config.grpo
+        config, grpo = self._config, self._config.grpo
+        start = starting_point(self._run, "grpo")
         setup = RolloutSetup(
-            policy, self._config.dataset_folder, self._config.seed, grpo.sampling, grpo.kernel, grpo.share_noise
+            start, config.dataset_folder, config.seed, grpo.sampling, grpo.kernel, grpo.share_noise, grpo.recording
         )
         return RolloutPool(self._config.cluster, setup)
 

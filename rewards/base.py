@@ -11,6 +11,7 @@ import difflib
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import math
@@ -39,6 +40,9 @@ _registry: dict[str, Callable[..., Any]] = {}
 
 # Modules that register the shipped scorers. They import this one, so they are imported on first use and not above.
 _SHIPPED = ("rewards.terms",)
+
+ENTRY_POINTS = "omnialpha.rewards"
+"""Group of entry points by which an installed package gives its scorers names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,27 +177,43 @@ def register(name: str) -> Callable[[Factory], Factory]:
 
 
 def registered() -> tuple[str, ...]:
-    """Names of all registered scorers, sorted."""
+    """Names of all scorers, sorted: registered ones and the entry points of installed packages."""
+    unavailable()
+    return tuple(sorted({*_registry, *(point.name for point in _entry_points())}))
+
+
+def unavailable() -> dict[str, str]:
+    """Shipped modules that lack something they import, and why; imports all the others."""
+    missing = {}
     for module in _SHIPPED:
-        importlib.import_module(module)
-    return tuple(sorted(_registry))
+        try:
+            importlib.import_module(module)
+        except ImportError as error:  # of an optional dependency; anything else is a bug that has to show
+            missing[module] = _import_failure(error)
+    return missing
 
 
 def build(name: str, params: Mapping[str, Any] | None = None) -> Scorer:
-    """Makes a scorer from a registered name, ``module:attribute`` or ``path/to/file.py:attribute``.
+    """Makes a scorer from what :func:`find` finds.
 
     A class is called with ``params``; a function gets ``params`` as keyword arguments beside the batch; an object
     with a ``score`` method is used as it is.
 
     Raises:
-        ConfigError: nothing of that name, code that cannot be imported, or params that do not fit.
+        ConfigError: nothing of that name, code that cannot be imported, params that do not fit, a failing constructor.
         RewardError: what was found is not a scorer.
     """
-    thing = _find(name)
+    thing = find(name)
     keywords = dict(params or {})
     if inspect.isclass(thing):
         _check_params(name, thing, (), keywords)
-        scorer = thing(**keywords)
+        try:
+            scorer = thing(**keywords)
+        except Exception as error:  # whatever a user's constructor raises
+            what = f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"reward {name!r} cannot be built ({what}); mend its params or its constructor"
+            ) from error
     elif not callable(getattr(thing, "score", None)) and callable(thing) and keywords:
         _check_params(name, thing, (None,), keywords)
         # update_wrapper carries `needs` from the function over to the partial.
@@ -204,6 +224,26 @@ def build(name: str, params: Mapping[str, Any] | None = None) -> Scorer:
         scorer = thing
     scorer_needs(scorer)
     return scorer
+
+
+def find(name: str) -> Any:
+    """The class, function or object behind a name, in this order: registered name, entry point of an installed
+    package, ``module:attribute``, ``path/to/file.py:attribute``. A name with a colon is one of the last two.
+
+    Raises:
+        ConfigError: nothing of that name, or code that cannot be imported.
+    """
+    source, separator, attribute = name.rpartition(":")
+    if not separator:
+        return _find_name(name)
+    if not source or not attribute:
+        raise ConfigError(f"reward {name!r} is not of the form module:attribute or path/to/file.py:attribute")
+    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    try:
+        return operator.attrgetter(attribute)(module)
+    except AttributeError:
+        public = ", ".join(key for key in vars(module) if not key.startswith("_")) or "nothing"
+        raise ConfigError(f"reward {name!r}: {source} has no {attribute!r}; it defines: {public}") from None
 
 
 def _entry(scorer: Scorer) -> Any:
@@ -258,26 +298,41 @@ def _check_params(name: str, thing: Callable[..., Any], leading: tuple[Any, ...]
         raise ConfigError(f"reward {name!r}: params do not fit: {error}; it takes: {known}") from None
 
 
-def _find(name: str) -> Any:
-    source, separator, attribute = name.rpartition(":")
-    if not separator:
-        known = registered()
-        if name in _registry:
-            return _registry[name]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"no reward named {name!r}; {hint}registered: {', '.join(known)}; "
-            "your own: module:attribute or path/to/file.py:attribute"
-        )
-    if not source or not attribute:
-        raise ConfigError(f"reward {name!r} is not of the form module:attribute or path/to/file.py:attribute")
-    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+def _find_name(name: str) -> Any:
+    missing = unavailable()
+    if name in _registry:
+        return _registry[name]
+    # A package that is found twice, as an editable one may be, is no second one.
+    if points := {point.value: point for point in _entry_points() if point.name == name}:
+        if len(points) > 1:
+            raise ConfigError(
+                f"reward {name!r} is declared by several installed packages: {', '.join(sorted(points))}; "
+                "uninstall one, or name the code you mean in 'scorer'"
+            )
+        return _load(next(iter(points.values())))
+    known = registered()
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    absent = "".join(f"; not available here: {module} ({reason})" for module, reason in missing.items())
+    raise ConfigError(
+        f"no reward named {name!r}; {hint}registered: {', '.join(known)}{absent}; "
+        "your own: module:attribute or path/to/file.py:attribute"
+    )
+
+
+def _entry_points() -> importlib.metadata.EntryPoints:
+    return importlib.metadata.entry_points(group=ENTRY_POINTS)
+
+
+def _load(point: importlib.metadata.EntryPoint) -> Any:
     try:
-        return operator.attrgetter(attribute)(module)
-    except AttributeError:
-        public = ", ".join(key for key in vars(module) if not key.startswith("_")) or "nothing"
-        raise ConfigError(f"reward {name!r}: {source} has no {attribute!r}; it defines: {public}") from None
+        return point.load()
+    except Exception as error:  # importing runs foreign code, which may raise anything
+        package = point.dist.name if point.dist else "of unknown name"
+        raise ConfigError(
+            f"reward {point.name!r} of the installed package {package} cannot be loaded from {point.value!r} "
+            f"({_import_failure(error)}); mend that package or install what it lacks"
+        ) from error
 
 
 def _import_module(source: str) -> Any:

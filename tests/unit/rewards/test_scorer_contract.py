@@ -295,3 +295,18 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, content, attribute, words
 def test_a_module_that_cannot_be_used_says_why(name, words):
     with pytest.raises(ConfigError, match=words):
         build(name)
+
+
+class Refuses:
+    """A scorer whose constructor wants something that is not there."""
+
+    def __init__(self, path: str) -> None:
+        raise FileNotFoundError(path)
+
+    def score(self, batch):
+        return [0.0] * batch.members
+
+
+def test_a_constructor_that_fails_is_one_message_that_names_the_reward():
+    with pytest.raises(ConfigError, match=r"cannot be built \(FileNotFoundError: weights.pt\)"):
+        build(f"{__name__}:Refuses", {"path": "weights.pt"})

@@ -1,0 +1,148 @@
+"""``omnialpha reward``: which scorers there are, a new one to start from, and whether one keeps the contract."""
+
+import argparse
+import inspect
+import keyword
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError, OmniAlphaError, RewardError, StorageError
+
+SCORER = '''\
+"""Reward {name}: say here what it prefers."""
+
+
+def {name}(batch, power=1.0):
+    """One score per member, higher is better; `power` is set by `params` in the config."""
+    # Decoded samples: G members, L layers back to front, RGBA, float32 in [0, 1]. Never write to a tensor.
+    alpha_GLHW = batch.layers_GLCHW[:, :, 3]
+    # The true layers: L, RGBA.
+    truth_LHW = batch.targets_LCHW[:, 3]
+    error_G = (alpha_GLHW - truth_LHW).abs().mean(dim=(1, 2, 3))
+    return (1 - error_G) ** power
+
+
+# What it reads beside the layers, out of "targets", "inputs", "prompt"; where one is absent it is not called.
+{name}.needs = {{"targets"}}
+'''
+
+TEST = '''\
+"""The contract of reward {name}: loads, finite, repeatable, order-free, reads what it declares (rewards.contract)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+PARAMS = []  # as in the config, for example ["power=2"]
+
+
+def test_{name}_keeps_the_contract():
+    target = f"{{Path(__file__).with_name('{name}.py')}}:{name}"
+    # A process of its own, with -P: a folder called data/ or rewards/ here must not stand in for omnialpha's.
+    command = [sys.executable, "-P", "-m", "pipeline.cli", "reward", "check", target, *PARAMS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+'''
+
+NEXT = """\
+wrote {scorer} and {test}
+
+try it:     omnialpha reward check {scorer}:{name}
+use it:     rewards:
+              terms:
+                - name: {name}
+                  scorer: {absolute}:{name}"""
+
+
+def register(commands: Any) -> None:
+    """Adds ``reward list | new | check`` to the subparsers of the command line."""
+    reward = commands.add_parser("reward", help="list, begin and check scorers").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    reward.add_parser("list", help="every scorer that has a name here").set_defaults(handler=_list)
+    new = reward.add_parser("new", help="write a scorer to start from and its test")
+    new.add_argument("name", metavar="NAME", help="a Python identifier; becomes NAME.py and test_NAME.py")
+    new.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where to write; default: here")
+    new.set_defaults(handler=_new)
+    check = reward.add_parser("check", help="try a scorer on small groups; exit code 1 when a check failed")
+    check.add_argument("target", metavar="TARGET", help="a name, module:attribute or path/to/file.py:attribute")
+    check.add_argument("params", nargs="*", metavar="key=value", help="params of the scorer, as in the config")
+    check.add_argument("--task", action="append", metavar="TASK", help="only this task; may be repeated")
+    check.add_argument("--size", type=int, default=64, help="height of the example images in pixels (%(default)s)")
+    check.set_defaults(handler=_check)
+
+
+def _list(_: argparse.Namespace) -> None:
+    from rewards.base import find, registered, unavailable
+
+    rows = [("name", "needs", "from", "what")]
+    for name in registered():
+        try:
+            thing = find(name)
+        except OmniAlphaError as error:  # one broken package must not hide the others
+            rows.append((name, "?", "?", f"CANNOT BE LOADED: {error}"))
+            continue
+        home = thing if hasattr(thing, "__qualname__") else type(thing)
+        declared = getattr(thing, "needs", ())  # of a class it may be a property, known only once it is built
+        needs = ", ".join(sorted(declared)) or "-" if isinstance(declared, (set, frozenset, list, tuple)) else "?"
+        summary = (inspect.getdoc(thing) or "-").partition("\n")[0]
+        rows.append((name, needs, f"{home.__module__}:{home.__qualname__}", summary))
+    print(_table(rows))
+    for module, reason in unavailable().items():
+        print(f"not available: {module} ({reason})")
+
+
+def _new(options: argparse.Namespace) -> None:
+    name, folder = options.name, options.out
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ConfigError(
+            f"{name!r} cannot be the name of a Python function; use letters, digits and _, as in my_reward"
+        )
+    files = {folder / f"{name}.py": SCORER, folder / f"test_{name}.py": TEST}
+    if there := [path for path in files if path.exists()]:
+        raise ConfigError(f"{there[0]} exists and is left as it is; choose another name or --out FOLDER")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text.format(name=name))
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename} cannot be written ({error.strerror}); give another --out FOLDER"
+        ) from None
+    scorer, test = files
+    print(NEXT.format(name=name, scorer=scorer, test=test, absolute=scorer.absolute()))
+
+
+def _check(options: argparse.Namespace) -> None:
+    params = _params(options.params)
+    from rewards.contract import check_scorer
+
+    findings = check_scorer(options.target, params, options.task, options.size)
+    print(_table([(finding.status, finding.what, finding.detail) for finding in findings]))
+    if failed := [finding.what for finding in findings if finding.status == "failed"]:
+        raise RewardError(f"{options.target} breaks the contract: {', '.join(failed)}; mend what the table says")
+
+
+def _params(items: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` texts as the config would read them: YAML values, dotted keys nest."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for item in items:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(f"param {item!r} is not of the form key=value, for example metrics=[psnr]")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(items)), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"params {' '.join(items)}: {str(error).splitlines()[0]}; quote the value as YAML") from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
