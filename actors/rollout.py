@@ -82,7 +82,7 @@ class RolloutActor:
         record = data.record(request.index)
         sample = record.decode()
         task = get_task(record.task)
-        inputs_NCHW = self._encode(sample.inputs, sample.targets_LCHW)
+        inputs_NCHW = self._codec.encode_stack(sample.inputs, *sample.targets_LCHW.shape[-2:])
         text_TD = self._text.encode(record.prompt)
         shape = (len(task.targets), *inputs_NCHW.shape[1:])
         seeds = (setup.seed, request.step, request.group)
@@ -106,7 +106,7 @@ class RolloutActor:
             lambda step: noise(f"step {step}"),
             solver=schedule.solver,
         )
-        layers = self._codec.decode(result.latents_BMCHW.flatten(0, 1)).unflatten(0, result.latents_BMCHW.shape[:2])
+        layers = self._codec.decode_stacks(result.latents_BMCHW)
         sequence = task.images * (shape[-2] // PATCH) * (shape[-1] // PATCH) + len(text_TD)
         meta = GroupMeta(
             name=request.name,
@@ -137,13 +137,13 @@ class RolloutActor:
         data = self._split(split)
         records = [data.record(int(index)) for index in indices]
         samples = [record.decode() for record in records]
-        inputs = torch.stack([self._encode(s.inputs, s.targets_LCHW) for s in samples])
+        inputs = torch.stack([self._codec.encode_stack(s.inputs, *s.targets_LCHW.shape[-2:]) for s in samples])
         text, mask = self._text.encode_batch([record.prompt for record in records])
         shape = (len(get_task(records[0].task).targets), *inputs.shape[2:])
         seed = self._setup.seed
         initial = torch.stack([member_noise(shape, seed, 0, 0, 0, f"evaluate {record.id}") for record in records])
         result = denoise(self._model, Condition(inputs, text, mask), initial, schedule.sigmas(), solver=schedule.solver)
-        layers = self._codec.decode(result.latents_BMCHW.flatten(0, 1)).unflatten(0, result.latents_BMCHW.shape[:2])
+        layers = self._codec.decode_stacks(result.latents_BMCHW)
         groups = [self._pixels(r, layer[None], s) for r, layer, s in zip(records, layers, samples, strict=True)]
         return len(groups), groups
 
@@ -156,12 +156,6 @@ class RolloutActor:
             targets_LCHW=sample.targets_LCHW.numpy(),
             inputs=tuple(image.numpy() for image in sample.inputs),
         )
-
-    def _encode(self, inputs: Sequence[torch.Tensor], targets_LCHW: torch.Tensor) -> torch.Tensor:
-        if not inputs:
-            h, w = (side // self._codec.factor for side in targets_LCHW.shape[-2:])
-            return torch.zeros(0, self._codec.channels, h, w)
-        return self._codec.encode(torch.stack(list(inputs)))
 
     def _split(self, name: str) -> RecordDataset:
         if name not in self._splits:

@@ -25,7 +25,7 @@ class Case:
     seeds: tuple[int, ...] = (1,)
     sign: int = 1
     """−1 negates the advantages."""
-    steps: int = 16
+    steps: int = 12
     records: int = 30
     """Test records per task."""
 

@@ -77,9 +77,8 @@ class Policy:
         if shapes != [square] * len(task.inputs):
             roles = ", ".join(task.inputs) or "none"
             raise ConfigError(f"{task.name} takes {len(task.inputs)} images ({roles}), each {square}; got {shapes}")
-        side = config.size // self._codec.factor
-        shape = (len(task.targets), self._codec.channels, side, side)
-        latents_NCHW = self._codec.encode(torch.stack(list(inputs))) if inputs else torch.zeros(0, *shape[1:])
+        latents_NCHW = self._codec.encode_stack(inputs, config.size, config.size)
+        shape = (len(task.targets), *latents_NCHW.shape[1:])
         condition = Condition(latents_NCHW[None], self._text.encode(prompt)[None])
         layers = []
         for number in range(config.count):

@@ -5,6 +5,8 @@ normalised per channel with the mean and standard deviation measured on the trai
 model's own config (``latents_mean``, ``latents_std``).
 """
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import AutoencoderKL
 from pydantic import Field
@@ -90,6 +92,16 @@ class LatentCodec:
         """(B, 4, H, W) in [0, 1] → posterior means (B, C, H/f, W/f), normalised."""
         mean = self.vae.encode(layers_BCHW * 2 - 1).latent_dist.mean
         return (mean - self._mean) / self._std
+
+    def encode_stack(self, images: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:
+        """Latents (N, C, height/f, width/f) of N images (4, height, width); N may be 0."""
+        if not images:
+            return torch.zeros(0, self.channels, height // self.factor, width // self.factor)
+        return self.encode(torch.stack(list(images)))
+
+    def decode_stacks(self, latents_BMCHW: torch.Tensor) -> torch.Tensor:
+        """Layers (B, M, 4, H, W) of B stacks of M latents."""
+        return self.decode(latents_BMCHW.flatten(0, 1)).unflatten(0, latents_BMCHW.shape[:2])
 
     @torch.no_grad()
     def decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
