@@ -39,7 +39,7 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 _registry: dict[str, Callable[..., Any]] = {}
 
 # Modules that register the shipped scorers. They import this one, so they are imported on first use and not above.
-_SHIPPED = ("rewards.terms",)
+_SHIPPED = ("rewards.terms", "rewards.matting")
 
 ENTRY_POINTS = "omnialpha.rewards"
 """Group of entry points by which an installed package gives its scorers names."""

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from common.config import StrictConfig
-from common.errors import RewardError
+from common.errors import ConfigError, RewardError
 from data.tasks import TASKS, get_task
 from rewards.base import Scores
 
@@ -33,6 +33,18 @@ class TermConfig(StrictConfig):
     """Weight among the active terms; only ratios matter. 0 logs the term without training on it."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the scorer."""
+    tasks: tuple[str, ...] | None = None
+    """Tasks it judges; null leaves it to the task table for the paper's terms, else takes every task with rewards."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in tasks or ():
+            try:
+                get_task(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return tasks
 
     @property
     def source(self) -> str:
@@ -74,11 +86,18 @@ class RewardConfig(StrictConfig):
 def active_terms(config: RewardConfig, task: str) -> tuple[int, ...]:
     """Positions in ``config.terms`` that judge ``task``.
 
-    A shipped term judges the tasks whose entry in the task table names it; a custom one every task that has rewards.
+    A term with ``tasks`` judges those; one that the task table names, the tasks whose entry does; any other one every
+    task that has rewards.
     """
-    shipped = {name for entry in TASKS.values() for name in entry.rewards}
+    tabled = {name for entry in TASKS.values() for name in entry.rewards}
     wanted = get_task(task).rewards
-    return tuple(k for k, t in enumerate(config.terms) if t.name in wanted or (wanted and t.name not in shipped))
+
+    def judges(term: TermConfig) -> bool:
+        if term.tasks is not None:
+            return task in term.tasks
+        return term.name in wanted or bool(wanted and term.name not in tabled)
+
+    return tuple(k for k, term in enumerate(config.terms) if judges(term))
 
 
 def stack_scores(scores: Sequence[Scores], missing: Literal["drop", "fail"], where: str) -> Array:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.errors import RewardError
 from data.rgba import blend
+from rewards.matting import connectivity_error, gradient_error
 
 PSNR_CAP_DB = 100.0
 """Reported where prediction and truth are equal, since an infinite PSNR has no mean. 8-bit rounding alone gives 59."""
@@ -19,6 +20,8 @@ HIGHER_IS_BETTER = {
     "alpha_mad": False,
     "alpha_mse": False,
     "alpha_sad": False,
+    "alpha_grad": False,
+    "alpha_conn": False,
     "soft_iou": True,
     "rgb_l1": False,
     "psnr_white": True,
@@ -37,8 +40,8 @@ def sample_metrics(roles: Sequence[str], layers_LCHW: Tensor, targets_LCHW: Tens
 
     Returns:
         Over foreground layers (mean over them): ``alpha_mad`` and ``alpha_mse`` (mean |Δα| and Δα² over all pixels),
-        ``alpha_sad`` (sum of |Δα| / 1000: grows with the pixel count, compare it at equal size only) and
-        ``soft_iou`` (Σ min(α̂, α) / Σ max(α̂, α); 1 where both are empty).
+        ``alpha_sad``, ``alpha_grad`` and ``alpha_conn`` (the matting benchmark's sums / 1000: they grow with the pixel
+        count, compare them at equal size only) and ``soft_iou`` (Σ min(α̂, α) / Σ max(α̂, α); 1 where both are empty).
         Over all layers: ``rgb_l1`` (mean |ΔRGB| of the straight colour over pixels with true α > 0; layers without
         such pixels are left out) and ``psnr_white`` (dB, each layer blended on white, at most 100).
         Over background layers: ``background_psnr`` (dB, blended on white, at most 100).
@@ -66,6 +69,8 @@ def sample_metrics(roles: Sequence[str], layers_LCHW: Tensor, targets_LCHW: Tens
         "alpha_mad": mean_over(foregrounds, lambda p, t: (p[3] - t[3]).abs().mean().item()),
         "alpha_mse": mean_over(foregrounds, lambda p, t: (p[3] - t[3]).square().mean().item()),
         "alpha_sad": mean_over(foregrounds, lambda p, t: (p[3] - t[3]).abs().sum().item() / 1000),
+        "alpha_grad": mean_over(foregrounds, lambda p, t: gradient_error(p[3].numpy(), t[3].numpy())),
+        "alpha_conn": mean_over(foregrounds, lambda p, t: connectivity_error(p[3].numpy(), t[3].numpy())),
         "soft_iou": mean_over(foregrounds, _soft_iou),
         "rgb_l1": mean_over(range(len(roles)), _rgb_l1),
         "psnr_white": mean_over(range(len(roles)), _psnr_white),

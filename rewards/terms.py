@@ -206,7 +206,7 @@ class BoundaryAccuracy:
         truths_KHW = batch.targets_LCHW[foregrounds, 3]
         predictions_GKHW = batch.layers_GLCHW[:, foregrounds, 3]
         radius = boundary_radius(*truths_KHW.shape[-2:])
-        mask = (_soft_band(predictions_GKHW, radius) + _soft_band(truths_KHW, radius)).clamp(0.0, 1.0)
+        mask = (soft_band(predictions_GKHW, radius) + soft_band(truths_KHW, radius)).clamp(0.0, 1.0)
         error = (mask * (predictions_GKHW - truths_KHW).abs()).sum(dim=(-2, -1), dtype=torch.float64)
         norm = mask.sum(dim=(-2, -1), dtype=torch.float64)
         # Not error / norm where norm is 0; the error stays in the expression so that a NaN pixel shows.
@@ -218,7 +218,7 @@ def boundary_radius(height: int, width: int) -> int:
     return max(1, round(BOUNDARY_RADIUS_PX * math.sqrt(height * width) / 1024))
 
 
-def _soft_band(alphas_XHW: Tensor, radius: int) -> Tensor:
+def soft_band(alphas_XHW: Tensor, radius: int) -> Tensor:
     """Blurred indicator of soft alpha, any leading axes; values in [0, 1]."""
     low, high = SOFT_BAND
     band = ((alphas_XHW >= low) & (alphas_XHW <= high)).to(alphas_XHW.dtype)

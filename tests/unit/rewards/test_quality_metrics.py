@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.errors import RewardError
+from rewards.matting import connectivity_error, gradient_error
 from rewards.metrics import HIGHER_IS_BETTER, sample_metrics
 
 
@@ -31,6 +32,8 @@ def test_metrics_equal_their_formulas(pair):
         "alpha_mad": error.sum() / 63,
         "alpha_mse": (error**2).sum() / 63,
         "alpha_sad": error.sum() / 1000,
+        "alpha_grad": gradient_error(p_front[3], t_front[3]),  # derived in test_matting.py
+        "alpha_conn": connectivity_error(p_front[3], t_front[3]),
         "soft_iou": np.minimum(p_front[3], t_front[3]).sum() / np.maximum(p_front[3], t_front[3]).sum(),
         "rgb_l1": np.mean(rgb),
         "psnr_white": (psnr(p_back, t_back) + psnr(p_front, t_front)) / 2,
@@ -51,6 +54,8 @@ def test_a_perfect_prediction_reaches_the_best_value_of_every_metric(pair):
         "alpha_mad": 0.0,
         "alpha_mse": 0.0,
         "alpha_sad": 0.0,
+        "alpha_grad": 0.0,
+        "alpha_conn": 0.0,
         "soft_iou": 1.0,
         "rgb_l1": 0.0,
         "psnr_white": 100.0,

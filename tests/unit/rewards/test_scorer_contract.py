@@ -177,7 +177,7 @@ def test_the_shipped_scorers_are_imported_on_first_use(make_batch, tmp_path, mon
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_all_known():
-    with pytest.raises(ConfigError, match=r"did you mean 'boundary'\?.*composition, layer.*path/to/file.py:attribute"):
+    with pytest.raises(ConfigError, match=r"did you mean 'boundary'\?.*composition.*layer.*path/to/file.py:attribute"):
         build("bondary")
 
 
