@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from PIL import Image
@@ -16,25 +15,13 @@ from PIL import Image
 from actors.cluster import ClusterConfig
 from actors.waiting import wait_all
 from common.commit import storage_errors
-from common.errors import ConfigError
 from data.rgba import draw_grid, encode_png
 from data.tasks import get_task
 from policy.group import GroupPixels
-from rewards.base import RewardBatch, build, run_scorer
-from rewards.combine import RewardConfig, active_terms, stack_scores
+from policy.rollout_files import write_rollouts
+from rewards.combine import RewardConfig, active_terms
+from rewards.groups import GroupScores, build_scorers, score_group
 from rewards.metrics import sample_metrics
-
-
-@dataclass(frozen=True)
-class GroupScores:
-    """Scores of one group."""
-
-    terms: tuple[str, ...]
-    """Active terms of the group's task."""
-    scores_TG: np.ndarray
-    """NaN where a score is missing."""
-    reasons: tuple[str, ...]
-    """Why scores are missing, one entry per missing score."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +40,16 @@ class RewardActor:
     def __init__(self, config: RewardConfig, threads: int) -> None:
         torch.set_num_threads(threads)
         self._config = config
-        self._scorers = {term.name: build(term.source, term.params) for term in config.terms}
+        self._scorers = build_scorers(config)
 
     def score(self, pixels: GroupPixels) -> GroupScores:
         """Scores every member of a group by the terms active for its task."""
-        names = [self._config.terms[k].name for k in active_terms(self._config, pixels.task)]
-        if not names:
-            raise ConfigError(f"task {pixels.task!r} has no active reward term; give it weight 0 in grpo.tasks")
-        task = get_task(pixels.task)
-        batch = RewardBatch(
-            task=pixels.task,
-            prompt=pixels.prompt,
-            roles=task.targets,
-            layers_GLCHW=torch.tensor(pixels.layers_GLCHW),
-            targets_LCHW=torch.tensor(pixels.targets_LCHW),
-            inputs=tuple(torch.tensor(image) for image in pixels.inputs),
-            input_roles=task.inputs,
-            group=pixels.name,
-        )
-        scores = [run_scorer(name, self._scorers[name], batch) for name in names]
-        stacked = stack_scores(scores, self._config.missing, f"group {pixels.name}")
-        reasons = tuple(f"{s.name}: {reason}" for s in scores for reason in s.reasons if reason is not None)
-        return GroupScores(tuple(names), stacked, reasons)
+        return score_group(self._config, self._scorers, pixels)
+
+    def store(self, path: Path, step: int, names: Sequence[str], *groups: GroupPixels) -> None:
+        """Writes groups to a file of stored rollouts."""
+        with storage_errors(path):
+            write_rollouts(path, step, names, groups)
 
     def measure(self, groups: Sequence[GroupPixels]) -> list[Measured]:
         """Scores and measures groups of one (evaluation)."""
@@ -179,6 +154,10 @@ class RewardPool:
     def score(self, pixels: Any) -> Any:
         """Submits a group by reference; it is scored as soon as it exists."""
         return self._pick().score.remote(pixels)
+
+    def store(self, path: Path, step: int, names: Sequence[str], pixels: Sequence[Any]) -> Any:
+        """Stores groups by reference."""
+        return self._pick().store.remote(path, step, names, *pixels)
 
     def measure(self, pixels: Any) -> Any:
         """Submits evaluation groups by reference."""

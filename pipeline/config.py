@@ -136,6 +136,8 @@ class GrpoStageConfig(TrainingConfig):
     """Largest |ratio − 1| allowed while the learner still holds the weights that sampled the group."""
     pictures_every: int = Field(10, ge=1)
     """Steps between pictures of a group."""
+    keep_rollouts: int = Field(0, ge=0)
+    """Steps between stored rollouts, which ``omnialpha reward score`` scores again; 0 stores none."""
     max_empty_steps: int = Field(5, ge=1)
     """Consecutive steps without any trainable group after which the run stops."""
 
@@ -280,7 +282,7 @@ class RunConfig(StrictConfig):
     def identity(self) -> dict[str, Any]:
         """What a run folder belongs to: all that changes its results, so not placement, tracking, paths or cadence."""
         outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
-        cadence = {"commit_every", "pictures_every"}
+        cadence = {"commit_every", "pictures_every", "keep_rollouts"}
         exclude: dict[str, Any] = {"data": {"workers"}, "vae": cadence, "sft": cadence, "grpo": cadence}
         return self.model_dump(mode="json", exclude=exclude | dict.fromkeys(outside, True))
 

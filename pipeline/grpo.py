@@ -16,7 +16,7 @@ import numpy as np
 
 from actors.engine import EngineConfig
 from actors.learner import Item, LearnerGroup
-from actors.reward import GroupScores, RewardPool
+from actors.reward import RewardPool
 from actors.rollout import Group, RolloutPool
 from actors.waiting import wait_all
 from common.errors import ActorError, NumericsError, RewardError
@@ -25,6 +25,7 @@ from pipeline.run import Progress, Run
 from pipeline.train import starting_point, task_sampler
 from policy.group import GroupMeta, GroupRequest
 from rewards.combine import RewardConfig, active_terms, batch_advantages, keep_group, scalar_rewards
+from rewards.groups import GroupScores
 
 log = logging.getLogger("omnialpha")
 
@@ -62,6 +63,10 @@ def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: Re
             path = run.folder / "grpo" / "pictures" / f"step-{step + 1:05d}.png"
             wait_all([rewards.draw_group(path, scored[0][0].pixels)], "a picture", config.cluster.deadline_s)
             run.tracker.picture("grpo/group", path)
+        if stage.keep_rollouts and (step + 1) % stage.keep_rollouts == 0:
+            path = run.folder / "grpo" / "rollouts" / f"step-{step + 1:05d}.parquet"
+            stored = rewards.store(path, step + 1, [m.name for _, m, _ in scored], [g.pixels for g, _, _ in scored])
+            wait_all([stored], "rollouts to be stored", config.cluster.deadline_s)
         progress.after_step(step + 1, learner.save, {"version": step + 1, "position": (step + 1) * stage.prompts})
     progress.finish(lambda folder: learner.export(folder / "model"), {"version": stage.steps})
 

@@ -1,4 +1,5 @@
-"""``omnialpha reward``: which scorers there are, a new one to start from, and whether one keeps the contract."""
+"""``omnialpha reward``: which scorers there are, a new one to start from, whether one keeps the contract, and what
+several say about stored rollouts."""
 
 import argparse
 import inspect
@@ -56,8 +57,8 @@ use it:     rewards:
 
 
 def register(commands: Any) -> None:
-    """Adds ``reward list | new | check`` to the subparsers of the command line."""
-    reward = commands.add_parser("reward", help="list, begin and check scorers").add_subparsers(
+    """Adds ``reward list | new | check | score`` to the subparsers of the command line."""
+    reward = commands.add_parser("reward", help="list, begin, check and compare scorers").add_subparsers(
         required=True, metavar="COMMAND"
     )
     reward.add_parser("list", help="every scorer that has a name here").set_defaults(handler=_list)
@@ -71,6 +72,12 @@ def register(commands: Any) -> None:
     check.add_argument("--task", action="append", metavar="TASK", help="only this task; may be repeated")
     check.add_argument("--size", type=int, default=64, help="height of the example images in pixels (%(default)s)")
     check.set_defaults(handler=_check)
+    score = reward.add_parser("score", help="score stored rollouts with any rewards and compare them")
+    score.add_argument("rollouts", type=Path, help="a run's grpo/rollouts folder, or one of its files")
+    score.add_argument("targets", nargs="*", metavar="TARGET", help="scorers; default: the rewards of --config")
+    score.add_argument("--config", default="demo", help="whose rewards to take where no TARGET is given (%(default)s)")
+    score.add_argument("--out", type=Path, metavar="FOLDER", help="writes scores.json and best-and-worst PNGs there")
+    score.set_defaults(handler=_score)
 
 
 def _list(_: argparse.Namespace) -> None:
@@ -123,6 +130,26 @@ def _check(options: argparse.Namespace) -> None:
     print(_table([(finding.status, finding.what, finding.detail) for finding in findings]))
     if failed := [finding.what for finding in findings if finding.status == "failed"]:
         raise RewardError(f"{options.target} breaks the contract: {', '.join(failed)}; mend what the table says")
+
+
+def _score(options: argparse.Namespace) -> None:
+    from pipeline.config import load_config
+    from pipeline.rescore import render, write
+    from policy.rollout_files import read_rollouts
+    from rewards.combine import RewardConfig, TermConfig
+    from rewards.groups import rescore
+
+    if options.targets:
+        names = [target.rpartition(":")[2] for target in options.targets]
+        terms = [TermConfig(name=n, scorer=t) for n, t in zip(names, options.targets, strict=True)]
+        config = RewardConfig(terms=tuple(terms))
+    else:
+        config = load_config(options.config).rewards
+    result = rescore(config, (group.pixels for group in read_rollouts(options.rollouts)))
+    print("\n\n".join(_table(rows) for rows in render(result)))
+    if options.out:
+        for path in write(result, options.rollouts, options.out):
+            print(f"wrote {path}")
 
 
 def _params(items: Sequence[str]) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from actors.reward import GroupScores, RewardActor
+from actors.reward import RewardActor
 from actors.rollout import Group
 from common.errors import ConfigError
 from pipeline.grpo import select
 from policy.group import GroupMeta, GroupPixels, GroupRequest
 from rewards.combine import RewardConfig, TermConfig, active_terms
+from rewards.groups import GroupScores
 
 CONFIG = RewardConfig(terms=(TermConfig(name="layer"), TermConfig(name="boundary"), TermConfig(name="composition")))
 

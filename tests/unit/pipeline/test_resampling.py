@@ -9,7 +9,6 @@ import pytest
 
 import pipeline.grpo
 import pipeline.train
-from actors.reward import GroupScores
 from actors.rollout import Group
 from common.events import group_balance, read_events
 from data.sampler import TaskSampler
@@ -19,6 +18,7 @@ from pipeline.grpo import Scored, account, roll_out, select
 from pipeline.run import Run
 from policy.group import GroupMeta, GroupRequest
 from rewards.combine import active_terms
+from rewards.groups import GroupScores
 
 PROMPTS = 3
 TASKS = ("automatic_matting", "mask_matting", "referring_matting", "object_removal", "layer_decomposition")

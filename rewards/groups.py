@@ -1,0 +1,146 @@
+"""Scoring decoded groups with configured terms, and judging the rewards themselves on stored ones."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy import stats
+
+from common.errors import ConfigError
+from data.tasks import get_task
+from policy.group import GroupPixels
+from rewards.base import RewardBatch, Scorer, build, run_scorer
+from rewards.combine import RewardConfig, active_terms, stack_scores
+from rewards.metrics import HIGHER_IS_BETTER, sample_metrics
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Scores of one group."""
+
+    terms: tuple[str, ...]
+    """Active terms of the group's task."""
+    scores_TG: np.ndarray
+    """NaN where a score is missing."""
+    reasons: tuple[str, ...]
+    """Why scores are missing, one entry per missing score."""
+    seconds_T: tuple[float, ...] = ()
+    """Time of each term."""
+
+
+def build_scorers(config: RewardConfig) -> dict[str, Scorer]:
+    """Every configured scorer by its term's name.
+
+    Raises:
+        ConfigError, RewardError: a scorer cannot be made.
+    """
+    return {term.name: build(term.source, term.params) for term in config.terms}
+
+
+def reward_batch(pixels: GroupPixels) -> RewardBatch:
+    """A decoded group as scorers see it."""
+    task = get_task(pixels.task)
+    return RewardBatch(
+        task=pixels.task,
+        prompt=pixels.prompt,
+        roles=task.targets,
+        layers_GLCHW=torch.tensor(pixels.layers_GLCHW),
+        targets_LCHW=torch.tensor(pixels.targets_LCHW),
+        inputs=tuple(torch.tensor(image) for image in pixels.inputs),
+        input_roles=task.inputs,
+        group=pixels.name,
+    )
+
+
+def score_group(config: RewardConfig, scorers: Mapping[str, Scorer], pixels: GroupPixels) -> GroupScores:
+    """Scores every member of a group by the terms active for its task.
+
+    Raises:
+        ConfigError: no term judges the task.
+        RewardError: a score is missing and the policy is ``fail``.
+    """
+    names = [config.terms[k].name for k in active_terms(config, pixels.task)]
+    if not names:
+        raise ConfigError(f"task {pixels.task!r} has no active reward term; give it weight 0 in grpo.tasks")
+    batch, scores, seconds = reward_batch(pixels), [], []
+    for name in names:
+        began = time.perf_counter()
+        scores.append(run_scorer(name, scorers[name], batch))
+        seconds.append(time.perf_counter() - began)
+    stacked = stack_scores(scores, config.missing, f"group {pixels.name}")
+    reasons = tuple(f"{s.name}: {reason}" for s in scores for reason in s.reasons if reason is not None)
+    return GroupScores(tuple(names), stacked, reasons, tuple(seconds))
+
+
+@dataclass
+class TermReport:
+    """What stored rollouts say about one term."""
+
+    values: list[float] = field(default_factory=list)
+    """Present scores."""
+    spreads: list[float] = field(default_factory=list)
+    """Standard deviation within each group: what GRPO has to learn from."""
+    missing: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+
+
+@dataclass
+class Rescored:
+    """Terms judged on stored rollouts."""
+
+    terms: dict[str, TermReport] = field(default_factory=lambda: defaultdict(TermReport))
+    agreement: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Spearman's rank correlation within each group of (term, other term or ``metric:<name>``); a metric for which
+    lower is better counts negated, so that positive always means agreement."""
+    ranked: dict[str, list[tuple[float, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    """(score, number of the group, member) of every present score."""
+    reasons: list[str] = field(default_factory=list)
+
+
+def rescore(config: RewardConfig, groups: Iterable[GroupPixels]) -> Rescored:
+    """Scores groups anew and compares the terms with each other and with the truth metrics.
+
+    Rank correlations are taken within groups, since that is all that GRPO sees of a reward. A group in which either
+    side is constant says nothing about agreement and is left out.
+    """
+    scorers, result = build_scorers(config), Rescored()
+    for number, pixels in enumerate(groups):
+        if not active_terms(config, pixels.task):
+            continue
+        scored = score_group(config, scorers, pixels)
+        result.reasons += scored.reasons
+        columns = dict(zip(scored.terms, scored.scores_TG, strict=True))
+        for (name, row_G), seconds in zip(columns.items(), scored.seconds_T, strict=True):
+            present = np.flatnonzero(np.isfinite(row_G))
+            report = result.terms[name]
+            report.values += [float(row_G[g]) for g in present]
+            report.spreads += [float(row_G[present].std())] if len(present) else []
+            report.missing += len(row_G) - len(present)
+            report.seconds, report.samples = report.seconds + seconds, report.samples + len(row_G)
+            result.ranked[name] += [(float(row_G[g]), number, int(g)) for g in present]
+        others = columns | _metrics(pixels)
+        for name, row_G in columns.items():
+            for other, other_G in others.items():
+                if other != name and (value := _rank_correlation(row_G, other_G)) is not None:
+                    result.agreement[name, other].append(value)
+    return result
+
+
+def _metrics(pixels: GroupPixels) -> dict[str, np.ndarray]:
+    roles, targets = get_task(pixels.task).targets, torch.tensor(pixels.targets_LCHW)
+    found = [sample_metrics(roles, torch.tensor(layers), targets) for layers in pixels.layers_GLCHW]
+    return {
+        f"metric:{name}": np.array([entry[name] if HIGHER_IS_BETTER[name] else -entry[name] for entry in found])
+        for name in found[0]
+    }
+
+
+def _rank_correlation(a_G: np.ndarray, b_G: np.ndarray) -> float | None:
+    both = np.isfinite(a_G) & np.isfinite(b_G)
+    if both.sum() < 3 or np.ptp(a_G[both]) == 0 or np.ptp(b_G[both]) == 0:
+        return None
+    return float(stats.spearmanr(a_G[both], b_G[both]).statistic)
