@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -15,6 +16,9 @@ from diffusers import AutoencoderKL, QwenImageTransformer2DModel
 
 from common.commit import verify
 from common.events import group_balance, read_events
+from pipeline.config import load_config
+from policy.rollout_files import read_rollouts
+from rewards.groups import build_scorers, score_group
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -64,7 +68,7 @@ def finished(tmp_path_factory, real_dataset) -> tuple[Path, subprocess.Completed
         (home / name / "__init__.py").write_text("raise RuntimeError('the user folder was imported')\n")
     run = home / "mine" / "whole"
     # Relative paths, as a person types them.
-    arguments = command(Path("mine/whole"), Path(os.path.relpath(real_dataset, home)))
+    arguments = [*command(Path("mine/whole"), Path(os.path.relpath(real_dataset, home))), "grpo.keep_rollouts=2"]
     done = subprocess.run(arguments, cwd=home, env=environment(run), capture_output=True, text=True, timeout=420)
     return run, done
 
@@ -95,6 +99,18 @@ def test_the_evaluation_leaves_a_table_results_and_pictures(finished):
     assert list((final / "cells" / "automatic_matting").glob("*.png"))
     assert f"{results['overall']['difference']:+.4f}" in (run / "report.html").read_text()
     assert list((run / "grpo" / "pictures").glob("*.png"))
+
+
+def test_stored_rollouts_are_those_that_were_scored(finished):
+    run, _ = finished
+    groups = list(read_rollouts(run / "grpo" / "rollouts"))
+    assert [(g.group, g.step) for g in groups] == [(f"{step}.{n}", step) for step in (2, 4) for n in range(3)]
+    steps = {e["step"]: e for e in read_events(run / "events.jsonl") if e["event"] == "step" and e["stage"] == "grpo"}
+    config = load_config("tiny").rewards
+    for step in (2, 4):
+        scored = [score_group(config, build_scorers(config), g.pixels) for g in groups if g.step == step]
+        # Eight bits are stored: the reward is the logged one within what they can move SSIM and PSNR.
+        assert np.mean([s.scores_TG.mean() for s in scored]) == pytest.approx(steps[step]["reward"], abs=0.01)
 
 
 def test_every_launched_group_is_accounted_for(finished):
