@@ -1,12 +1,15 @@
 # make demo    the whole system on real data: VAE, SFT, GRPO, evaluation (about half an hour on two cores)
 # make test    every test, with one tiny run of the whole loop
 # make setup   what both need, in .venv; quick when it is there
+# make study   the demo's policy trained again under many settings; hours on two cores, goes on where it stopped
+# make bench   ratios of speed against baselines, after a demo
+# make soak    kills a tiny run at random moments until it finishes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint types tools clean
+.PHONY: setup demo test lint types study bench soak tools clean
 
 setup: $(VENV)/.complete
 
@@ -36,6 +39,16 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+study: setup
+	$(BIN)/python -m benchmarks.study run runs/demo --out runs/study
+	$(BIN)/python -m benchmarks.study table --out runs/study
+
+bench: setup
+	$(BIN)/python -m benchmarks.grpo_step runs/demo
+
+soak: setup
+	$(BIN)/python -m pytest -m soak -n 0 -s tests/faults
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
