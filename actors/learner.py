@@ -48,6 +48,8 @@ class StepPlan:
     """1 for real items, 0 for those that only keep the calls equal."""
     names: tuple[str, ...]
     """What to call the payloads in an error."""
+    ratio_bound: float | None = None
+    """Largest |ratio − 1| with which the step may be taken: given while the policy is still the one that sampled."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class Item:
     extra: Any = None
     name: str = "batch"
     """What to call it in an error."""
+
+
+def first_ratio_message(error: float, bound: float) -> str:
+    """What to say when the learner's replay of an unchanged policy is not the rollout's own."""
+    return (
+        f"the first ratio is off by {error:.2e}, more than grpo.first_ratio_bound {bound:.1e}, and nothing was trained "
+        "on it: rollout actors and learner do not compute the same policy (weights, dtype, batch shape or threads)"
+    )
 
 
 class LearnerRank:
@@ -147,6 +157,9 @@ class LearnerRank:
                 raise NumericsError(f"{name}: {error}") from None
             if weight:
                 stats.append(loss.stats | {"loss": float(loss.total.detach()), "count": float(loss.count)})
+        off = [entry["max_ratio_error"] for entry in stats if "max_ratio_error" in entry]
+        if plan.ratio_bound is not None and off and not np.max(off) <= plan.ratio_bound:  # also for NaN
+            raise NumericsError(first_ratio_message(float(np.max(off)), plan.ratio_bound))
         norm = engine.step(plan.lr)
         return sum_stats(stats) | {"max_grad_norm": norm, "max_seconds": time.perf_counter() - start}
 
@@ -231,7 +244,7 @@ class LearnerGroup:
         """Loads a verified commit on all ranks."""
         self._each("restore", lambda r, _: r.restore.remote(folder))
 
-    def train(self, step: int, items: Sequence[Item]) -> dict[str, float]:
+    def train(self, step: int, items: Sequence[Item], ratio_bound: float | None = None) -> dict[str, float]:
         """One optimiser step over all ranks.
 
         Returns:
@@ -239,9 +252,11 @@ class LearnerGroup:
 
         Args:
             step: from 0.
+            ratio_bound: as in :class:`StepPlan`.
 
         Raises:
-            NumericsError: a loss or gradient was not finite, or terms were lost between driver and loss; names the
+            NumericsError: a loss or gradient was not finite, a ratio off by more than the bound, or
+                terms were lost between driver and loss; names the
                 step and the item. The training state must not be committed.
         """
         assert self._optimiser is not None
@@ -254,7 +269,7 @@ class LearnerGroup:
             # A rank without work repeats the first item with weight 0, so that all ranks meet in every collective.
             mine, weight = ([items[i] for i in shares[number]], 1.0) if shares[number] else ([items[0]], 0.0)
             extras, names = tuple(item.extra for item in mine), tuple(item.name for item in mine)
-            plan = StepPlan(lr, calls, count, extras, (weight,) * len(mine), names)
+            plan = StepPlan(lr, calls, count, extras, (weight,) * len(mine), names, ratio_bound)
             return rank.train.remote(plan, *(item.payload for item in mine))
 
         try:
@@ -274,6 +289,8 @@ class LearnerGroup:
 
         The groups stay in the object store: the driver gets references.
         """
+        if len({item.calls for item in items}) != 1:
+            raise ValueError("groups with windows of different sizes would leave ranks waiting for each other")
         shares = balance([item.cost for item in items], self.world)
         calls = [sum(items[i].calls for i in share) for share in shares]
         busiest, fresh, errors = max(calls), dict[int, Item](), []

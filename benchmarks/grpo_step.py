@@ -7,7 +7,10 @@
 - ``one by one / batched``: eight members sampled singly against one batch of eight.
 - ``window of 9 / window of 4``: the optimiser's share of a step with every eligible step trained against four.
 
-Medians over the steps after the first. Every pair is measured alternately on an otherwise idle machine.
+Medians over the steps after the first, one measurement after the other, to be run on an otherwise idle machine. A step
+of the pipeline is sampling, scoring, training and publishing; the reference loop's is all it does. Singly sampled
+members encode their condition again. Exits with 1 where the pipeline takes more than 1.10 times the reference, or
+batching gains less than 1.5 times.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -100,6 +104,8 @@ def main() -> None:
     for a, b in pairs:
         print(f"{a} / {b}: {middle[a] / middle[b]:.2f}  ({middle[a]:.2f} s / {middle[b]:.2f} s)")
     print(json.dumps(middle))
+    if middle["pipeline"] > 1.10 * middle["reference"] or middle["one by one"] < 1.5 * middle["batched"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

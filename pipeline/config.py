@@ -25,7 +25,7 @@ from policy.dit import DitConfig
 from policy.group import Recording
 from policy.kernels import KernelConfig
 from policy.programs import SftConfig, VaeLossConfig
-from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start, make_grpo_program, make_nft_program
+from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
 from rewards.combine import RewardConfig, active_terms
@@ -37,7 +37,7 @@ class TrainingConfig(StrictConfig):
     optimiser: OptimiserConfig
     """Optimiser and learning rate."""
     steps: int = Field(ge=1)
-    """Optimiser steps."""
+    """Steps of the stage's loop: optimiser steps, or in GRPO batches of rollouts."""
     commit_every: int = Field(100, ge=1)
     """Steps between commits; a killed run loses at most this many."""
     zero_stage: int = Field(1, ge=0, le=3)
@@ -169,8 +169,8 @@ class GrpoStageConfig(TrainingConfig):
         """Builds the objective's program from a starting policy."""
         sigmas = self.sampling.schedule.sigmas()
         if self.algorithm == "nft":
-            return functools.partial(make_nft_program, start, self.nft, sigmas)
-        return functools.partial(make_grpo_program, start, self.objective, self.kernel, sigmas)
+            return functools.partial(NftProgram, start, self.nft, sigmas)
+        return functools.partial(GrpoProgram, start, self.objective, self.kernel, sigmas)
 
     def doubts(self) -> list[str]:
         """Settings that are allowed and probably not meant."""
@@ -186,7 +186,7 @@ class GrpoStageConfig(TrainingConfig):
         ]
 
 
-CLIP_RANGES = {"Gaussian": (1e-5, 1e-2), "published CPS": (1e-6, 1e-2), "GRPO-Guard": (1e-7, 1e-3)}
+CLIP_RANGES = {"Gaussian": (1e-5, 1e-2), "published CPS": (1e-6, 5e-4), "GRPO-Guard": (1e-6, 5e-4)}
 """Clip ranges beyond which a setting is doubtful, by the scale of the ratio; see docs/algorithms.md."""
 
 
@@ -257,13 +257,27 @@ class RunConfig(StrictConfig):
     """Time between SIGTERM and SIGKILL where the run lives; a final commit is made only if it fits."""
 
     @model_validator(mode="after")
+    def _starts_fit(self) -> "RunConfig":
+        if self.sft.start and not self.vae.start:
+            raise ValueError(
+                "sft.start needs vae.start: its transformer knows the latents of the VAE in its own folder, not those "
+                "of one that this run would train; name the same folder in both"
+            )
+        if self.sft.lora and self.grpo.lora and not self.grpo.start and self.sft.lora != self.grpo.lora:
+            raise ValueError(
+                "grpo.lora differs from sft.lora, whose adapter it would train on; make them equal, or leave grpo.lora "
+                "out to merge it and train all weights"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rewards_cover_tasks(self) -> "RunConfig":
         for task, weight in self.grpo.tasks.items():
             if weight and not any(self.rewards.terms[k].weight for k in active_terms(self.rewards, task)):
                 named = ", ".join(term.name for term in self.rewards.terms)
                 raise ValueError(f"grpo.tasks.{task}: none of the configured rewards ({named}) judges it with a weight")
         side = 2 ** (len(self.vae.network.channels) - 1) * 2
-        if self.data.size % side:
+        if not self.vae.start and self.data.size % side:
             raise ValueError(f"data.size {self.data.size} must be a multiple of {side} (VAE factor times patch size)")
         if any(channel % self.vae.network.norm_groups for channel in self.vae.network.channels):
             raise ValueError("vae.network.norm_groups must divide every entry of vae.network.channels")

@@ -79,17 +79,17 @@ class Run:
             write_atomic(path, json.dumps(identity, indent=1, sort_keys=True) + "\n")
         write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
 
-    def claim_dataset(self, digest: str) -> None:
-        """Binds the run to the content of its dataset.
+    def claim(self, what: str, source: Path, digest: str) -> None:
+        """Binds the run to the content of something outside its folder: its dataset, a policy it starts from.
 
         Raises:
-            ConfigError: the run was begun on other data.
+            ConfigError: the run was begun on other content.
         """
-        path = self.folder / "dataset.digest"
+        path = self.folder / f"{what}.digest"
         if path.exists() and path.read_text().strip() != digest:
             raise ConfigError(
-                f"{self.config.dataset_folder}: not the data this run began with (content digest {digest[:12]}…, the "
-                f"run's is {path.read_text()[:12]}…); name its dataset, or give this run another run_dir"
+                f"{source}: not the {what} this run began with (content digest {digest[:12]}…, the run's is "
+                f"{path.read_text()[:12]}…); name the one it began with, or give this run another run_dir"
             )
         write_atomic(path, digest + "\n")
 

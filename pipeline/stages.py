@@ -10,7 +10,7 @@ from actors.cluster import connected
 from actors.learner import LearnerGroup
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
-from common.errors import CheckpointError, StorageError
+from common.errors import CheckpointError, ConfigError, StorageError
 from data.build import build_dataset
 from data.records import RecordDataset, content_digest
 from pipeline.config import RunConfig
@@ -20,7 +20,7 @@ from pipeline.report import report_finished
 from pipeline.report_data import environment
 from pipeline.run import Run
 from pipeline.train import run_sft, run_vae, starting_point
-from policy.folder import load_vae
+from policy.folder import load_vae, policy_digest
 from rewards.base import build
 
 log = logging.getLogger("omnialpha")
@@ -79,12 +79,19 @@ def _prepare(run: Run, todo: Sequence[str]) -> None:
                 raise CheckpointError(
                     f"{key}.start {folder}: no transformer/ here; give the folder of a trained policy"
                 )
+            run.claim(f"{key}.start", folder, policy_digest(folder))
+    starts = [folder for folder in (config.sft.start, config.vae.start) if folder and "sft" in todo]
+    if len({policy_digest(folder, "vae") for folder in starts}) > 1:
+        raise ConfigError(
+            f"sft.start {config.sft.start} was trained on another VAE than that of vae.start {config.vae.start}; "
+            "name the same folder in both"
+        )
     for doubt in config.grpo.doubts() if "grpo" in todo else ():
         log.warning("%s", doubt)
     for term in config.rewards.terms:
         build(term.source, term.params)
     ensure_dataset(config)
-    run.claim_dataset(content_digest(config.dataset_folder))
+    run.claim("dataset", config.dataset_folder, content_digest(config.dataset_folder))
 
 
 class Actors:
@@ -103,12 +110,21 @@ class Actors:
 
     @cached_property
     def rollouts(self) -> RolloutPool:
-        config, grpo = self._config, self._config.grpo
-        start = starting_point(self._run, "grpo")
-        setup = RolloutSetup(
-            start, config.dataset_folder, config.seed, grpo.sampling, grpo.kernel, grpo.share_noise, grpo.recording
-        )
-        return RolloutPool(self._config.cluster, setup)
+        return RolloutPool(self._config.cluster, rollout_setup(self._run))
+
+
+def rollout_setup(run: Run) -> RolloutSetup:
+    """What the run's rollout actors are made from."""
+    config, grpo = run.config, run.config.grpo
+    return RolloutSetup(
+        starting_point(run, "grpo"),
+        config.dataset_folder,
+        config.seed,
+        grpo.sampling,
+        grpo.kernel,
+        grpo.share_noise,
+        grpo.recording,
+    )
 
 
 def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """LoRA adapters with PEFT on the transformer: injected, never merged while it trains, saved in PEFT's own format.
 
 The trained adapter is called ``policy``. Where an objective wants the policy that training started from, a frozen
-copy called ``reference`` lies beside it: the base weights are held once.
+copy called ``reference`` lies beside it, over the same base weights.
 """
 
 import contextlib
@@ -149,8 +149,9 @@ def load_adapter(model: torch.nn.Module, folder: Path, config: LoraConfig | None
         held = (rank, alpha, _layers(state))
         for what, ours, there in zip(("rank", "alpha", "targets"), wanted, held, strict=True):
             if ours != there:
+                shown = f"{there}, the config asks for {ours}" if what != "targets" else "not the config's layers"
                 raise ConfigError(
-                    f"{source} has another lora.{what} than the config asks for; train it on with its own settings, or "
+                    f"{source} has another lora.{what} ({shown}); train it on with its own settings, or "
                     "take lora out of the config to merge it and train all weights"
                 )
     try:

@@ -5,6 +5,7 @@ the LoRA adapter of a stage that trained one, in PEFT's format. The text encoder
 version are recorded instead of a copy of its weights.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, QwenImageTransformer2DModel
 
+from common.commit import file_checksum
 from common.errors import CheckpointError
 from policy.adapters import (
     FOLDER,
@@ -99,6 +101,15 @@ def export_policy(
     assert start is not None
     save_policy(folder, vae, _load(QwenImageTransformer2DModel, start, "transformer"))
     save_adapter(folder, weights, lora)
+
+
+def policy_digest(folder: Path, *parts: str) -> str:
+    """Hex digest of the weights in a policy folder's parts (default: all of them)."""
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts or ("vae", "transformer", FOLDER):
+        for path in sorted((folder / part).glob("*.safetensors")):
+            total.update(f"{path.relative_to(folder)}:{file_checksum(path)}\n".encode())
+    return total.hexdigest()
 
 
 def _load(kind, folder: Path, part: str):

@@ -16,7 +16,7 @@ ODE steps are Euler's, or those of DPM-Solver++ (2M) (arXiv 2211.01095) for the 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
@@ -24,6 +24,7 @@ from pydantic import model_validator
 from common.config import StrictConfig
 
 KernelName = Literal["flow_sde", "dance", "cps"]
+PUBLISHED_ETA = {"flow_sde": 0.7, "dance": 0.3, "cps": 0.8}
 
 
 class KernelConfig(StrictConfig):
@@ -31,8 +32,8 @@ class KernelConfig(StrictConfig):
 
     name: KernelName = "flow_sde"
     """``flow_sde``, ``dance`` or ``cps``."""
-    eta: float = 0.7
-    """Noise level η > 0 (towards 0 it is the ODE). For ``cps`` at most 1."""
+    eta: float = PUBLISHED_ETA["flow_sde"]
+    """Noise level η > 0 (towards 0 it is the ODE); for ``cps`` at most 1. Left out, the kernel's published one."""
     density: Literal["published", "gaussian"] = "published"
     """Log-density of ``cps``: as published, −mean (x′−mean)², or the Gaussian one. The others are always Gaussian."""
 
@@ -40,6 +41,13 @@ class KernelConfig(StrictConfig):
     def gaussian(self) -> bool:
         """Whether log-probabilities are Gaussian log-densities."""
         return self.name != "cps" or self.density == "gaussian"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eta_of_the_kernel(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "eta" not in values and values.get("name") in PUBLISHED_ETA:
+            return {**values, "eta": PUBLISHED_ETA[values["name"]]}
+        return values
 
     @model_validator(mode="after")
     def _eta_fits(self) -> "KernelConfig":

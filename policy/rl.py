@@ -30,7 +30,7 @@ from policy.sampling import member_noise
 class GrpoConfig(StrictConfig):
     """The clipped policy-gradient objective."""
 
-    clip_range: float = Field(1e-3, gt=0)
+    clip_range: float = Field(1e-4, gt=0)
     """ε of the clipped ratio. Its scale depends on latent size, kernel and Guard: choose it by the clip fraction."""
     guard: bool = False
     """GRPO-Guard: ratios centred and of one scale over all steps, losses divided by the step's −dt."""
@@ -131,7 +131,7 @@ class GrpoProgram(RlProgram):
         # Every member is forwarded, also those without a score: the ratio is exact only at the rollout's batch shape.
         move = self._transition(states, _velocity(model, group, states, sigma), step)
         log_ratios = move.log_prob(group.states(place + 1)) - torch.tensor(group.log_probs_GW[:, place])
-        shown, scale = log_ratios.detach()[kept], 1.0
+        shown, scale = log_ratios.detach()[kept].double(), 1.0
         if config.guard:
             assert group.means_GWMCHW is not None
             drift = standard_kl(move.mean, torch.tensor(group.means_GWMCHW[:, place]), move.scale)
@@ -143,7 +143,8 @@ class GrpoProgram(RlProgram):
             "max_ratio": float(ratios.max()),
             "max_ratio_error": float((ratios - 1).abs().max()),
             "clipped": float(result.clipped_B.float().sum()),
-            "approx_kl": float((shown.exp() - 1 - shown).sum()),  # Schulman's k3 estimator, without Guard
+            # Schulman's k3 estimator, without Guard; r − 1 − log r in float32 would be rounding alone.
+            "approx_kl": float((torch.expm1(shown) - shown).sum()),
         }
         if config.kl:
             kl = standard_kl(move.mean, reference.mean, move.scale)[kept]
@@ -169,7 +170,11 @@ class GrpoProgram(RlProgram):
 
 
 class NftProgram(RlProgram):
-    """DiffusionNFT on the clean latents of a rollout: one micro-batch is one noise level of one group."""
+    """DiffusionNFT on the clean latents of a rollout: one micro-batch is one noise level of one group.
+
+    The old policy is the one that sampled the group; the paper lets it trail the trained one by an exponential average,
+    and samples from it. It is a whole second copy of the model on every rank, with an adapter too.
+    """
 
     def __init__(self, start: Start, config: NftConfig, sigmas: Sequence[float]) -> None:
         super().__init__(start, config.kl)
@@ -178,8 +183,8 @@ class NftProgram(RlProgram):
 
     def begin_batch(self, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         # With an adapter only its tensors come, so that names may be missing, but none may be unknown.
-        if unknown := self._old.load_state_dict(dict(weights()), strict=False).unexpected_keys:
-            raise RuntimeError(f"weights of another model: {unknown[:3]}")
+        unknown = self._old.load_state_dict(dict(weights()), strict=False).unexpected_keys
+        assert not unknown, f"weights of another model: {unknown[:3]}"
 
     def loss(self, model: torch.nn.Module, micro: RlMicro) -> MicroLoss:
         group, advantages_G, place = micro
@@ -216,13 +221,3 @@ def _velocity(model: torch.nn.Module, group: GroupTrajectory, states: torch.Tens
     condition = group.condition()
     times = torch.full((len(states),), sigma)
     return velocity(model, states, times, condition.inputs_BNCHW, condition.text_BTD, condition.text_mask_BT)
-
-
-def make_grpo_program(start: Start, config: GrpoConfig, kernel: KernelConfig, sigmas: Sequence[float]) -> GrpoProgram:
-    """The policy of an earlier stage and the clipped objective."""
-    return GrpoProgram(start, config, kernel, sigmas)
-
-
-def make_nft_program(start: Start, config: NftConfig, sigmas: Sequence[float]) -> NftProgram:
-    """The policy of an earlier stage and the forward-process objective."""
-    return NftProgram(start, config, sigmas)

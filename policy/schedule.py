@@ -35,7 +35,8 @@ class WindowConfig(StrictConfig):
     movement: Literal["fixed", "random", "progressive"] = "random"
     """``fixed``; ``random``: drawn per group from (seed, step, group); ``progressive``: moves on with training."""
     every: int = Field(10, ge=1)
-    """Training steps that a progressive window stays before it moves by its size, wrapping round at the end."""
+    """Training steps that a progressive window stays before it moves by its size. It wraps round where the next one
+    would not fit: eligible steps that are left over at the end are not trained."""
 
 
 class SamplingConfig(StrictConfig):

@@ -1,5 +1,6 @@
 """A small random policy on real data, rolled-out groups, and a training loop in plain torch to compare with."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,12 @@ def rolled_out(policy: Path, dataset: Path, groups: int, members: int = 3) -> li
     return out
 
 
-def make_program(policy: Path, objective: GrpoConfig | NftConfig = OBJECTIVE, lora: LoraConfig | None = None):
-    """Either objective on the small policy; picklable through functools.partial."""
+def factory(policy: Path, objective: GrpoConfig | NftConfig = OBJECTIVE, lora: LoraConfig | None = None):
+    """Makes either objective's program on the small policy, in whatever process it is called."""
     start, sigmas = Start(policy, lora), SAMPLING.schedule.sigmas()
     if isinstance(objective, NftConfig):
-        return NftProgram(start, objective, sigmas)
-    return GrpoProgram(start, objective, KERNEL, sigmas)
+        return functools.partial(NftProgram, start, objective, sigmas)
+    return functools.partial(GrpoProgram, start, objective, KERNEL, sigmas)
 
 
 def plain_torch_weights(
@@ -68,7 +69,7 @@ def plain_torch_weights(
     lora: LoraConfig | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(before, after) of a loop that knows neither Ray nor DeepSpeed: one optimiser step per entry of ``steps``."""
-    program = make_program(policy, objective, lora)
+    program = factory(policy, objective, lora)()
     module = program.module
     held = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 

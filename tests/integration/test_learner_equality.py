@@ -1,6 +1,5 @@
 """The distributed learner takes the very steps that a plain torch loop takes on the same groups."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from policy.folder import load_transformer, starting_policy
 from policy.rl import GrpoConfig, NftConfig
 from policy.weights import digest, load_packed
 from tests.integration.policies import (
-    make_program,
+    factory,
     plain_torch_weights,
     relative_change,
     rolled_out,
@@ -76,7 +75,7 @@ def items(groups) -> list[Item]:
 
 
 def train(learner: LearnerGroup, policy: Path, steps, stage: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    make = functools.partial(make_program, policy)
+    make = factory(policy)
     learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=stage), len(steps))
     records = [learner.train(number, items(groups)) for number, groups in enumerate(steps)]
     name, index, buffer = learner.publish()
@@ -100,7 +99,7 @@ def train(learner: LearnerGroup, policy: Path, steps, stage: int) -> tuple[dict[
 def test_every_objective_moves_the_weights_as_plain_torch_does(learners, policy, steps, objective, lora, stage):
     before, after = plain_torch_weights(policy, steps, LR, objective, lora)
     learner = learners(2)
-    make = functools.partial(make_program, policy, objective, lora)
+    make = factory(policy, objective, lora)
     learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=stage), len(steps))
     for number, groups in enumerate(steps):
         learner.begin_batch()
@@ -113,9 +112,57 @@ def test_every_objective_moves_the_weights_as_plain_torch_does(learners, policy,
     assert relative_change(before, moved, after) <= 1e-3
 
 
+def test_a_first_ratio_beyond_its_bound_stops_before_the_step_and_says_by_how_much(learners, policy, steps):
+    learner, groups = learners(1), items(steps[0])
+    learner.setup(factory(policy), OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 2)
+    learner.train(0, groups, 1e-6)
+    moved, _, _ = learner.publish()
+    with pytest.raises(NumericsError, match=r"step 2, the first ratio is off by \d.*bound 1.0e-06, and nothing was"):
+        learner.train(1, groups, 1e-6)
+    assert learner.publish()[0] == moved
+
+
+@pytest.mark.parametrize(
+    ("objective", "lora", "stage", "ema"),
+    [
+        (GrpoConfig(clip_range=1e-3, kl=10.0), LoraConfig(rank=4), 1, 0.5),
+        (GrpoConfig(clip_range=1e-3, kl=10.0), LoraConfig(rank=4), 3, 0.0),
+        (GrpoConfig(clip_range=1e-3, kl=10.0), None, 2, 0.0),
+        (NftConfig(times=2), LoraConfig(rank=4), 0, 0.0),
+        (NftConfig(times=2), None, 3, 0.0),
+    ],
+    ids=["kl-lora-ema", "kl-lora-zero3", "kl-full-zero2", "nft-lora-zero0", "nft-full-zero3"],
+)
+def test_a_resumed_learner_takes_the_steps_of_an_uninterrupted_one(
+    learners, policy, steps, tmp_path, objective, lora, stage, ema
+):
+    learner, make = learners(2), factory(policy, objective, lora)
+    engine = EngineConfig(zero_stage=stage, ema=ema)
+
+    def advance(numbers) -> None:
+        for number in numbers:
+            learner.begin_batch()
+            learner.train(number, items(steps[number]))
+
+    learner.setup(make, OptimiserConfig(lr=LR), engine, 4)
+    advance([0, 1])
+    learner.save(tmp_path)
+    advance([2, 3])
+    expected = learner.publish()[0]
+    learner.export(tmp_path / "through")
+    learner.setup(make, OptimiserConfig(lr=LR), engine, 4)
+    assert learner.publish()[0] != expected
+    learner.restore(tmp_path)
+    advance([2, 3])
+    assert learner.publish()[0] == expected
+    learner.export(tmp_path / "resumed")
+    handed_on = (digest(load_transformer(tmp_path / name).state_dict()) for name in ("through", "resumed"))
+    assert len(set(handed_on)) == 1
+
+
 def test_old_log_probs_can_be_the_learners_own(learners, policy, steps):
     learner, groups = learners(2), items(steps[3])
-    learner.setup(functools.partial(make_program, policy), OptimiserConfig(lr=LR), EngineConfig(zero_stage=3), 2)
+    learner.setup(factory(policy), OptimiserConfig(lr=LR), EngineConfig(zero_stage=3), 2)
     _, delivered = learner.recompute(groups)
     assert delivered == 0.0  # the learner still holds the policy that sampled the groups
     learner.train(0, groups)
@@ -162,7 +209,7 @@ def test_ranks_without_work_take_part_with_weight_zero(learners, policy, steps, 
 
 
 def test_terms_lost_between_driver_and_loss_stop_the_run(learners, policy, steps):
-    make = functools.partial(make_program, policy)
+    make = factory(policy)
     learner = learners(1)
     learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
     trajectory, advantages = steps[0][0]
@@ -171,7 +218,7 @@ def test_terms_lost_between_driver_and_loss_stop_the_run(learners, policy, steps
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_group(learners, policy, steps):
-    make = functools.partial(make_program, policy)
+    make = factory(policy)
     learner = learners(1)
     learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
     trajectory, advantages = steps[0][0]
@@ -186,7 +233,7 @@ def test_a_member_without_score_is_left_out_of_loss_and_count(learners, policy, 
     marked = advantages.copy()
     marked[1] = np.nan
     before, after = plain_torch_weights(policy, [[(trajectory, marked)]], LR)
-    make = functools.partial(make_program, policy)
+    make = factory(policy)
     learner = learners(1)
     learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
     learner.train(0, [Item(ray.put(trajectory), count=4, cost=1.0, calls=2, extra=marked)])

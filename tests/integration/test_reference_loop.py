@@ -14,12 +14,13 @@ import pipeline.grpo
 from actors.cluster import ClusterConfig, RoleConfig
 from actors.learner import LearnerGroup
 from actors.reward import RewardPool
-from actors.rollout import RolloutPool, RolloutSetup
+from actors.rollout import RolloutPool
 from common.errors import NumericsError
 from common.events import read_events
 from pipeline.config import RunConfig, load_config
 from pipeline.grpo import run_grpo
 from pipeline.run import Run
+from pipeline.stages import rollout_setup
 from pipeline.train import starting_point
 from policy.folder import load_transformer, starting_policy
 from tests.integration.policies import relative_change, write_policy
@@ -27,13 +28,11 @@ from tests.integration.reference_loop import Outcome, reference_loop
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 
-check_first_ratio = pipeline.grpo.check_first_ratio
-
 VARIANTS = {
     "full": [],
     "lora": ["grpo.lora={rank: 4}"],
     "updates": ["grpo.minibatches=2", "grpo.epochs=2", "grpo.objective.clip_range=0.01"],
-    "cps": ["grpo.kernel={name: cps, eta: 0.8}", "grpo.share_noise=false"],
+    "cps": ["grpo.kernel={name: cps, eta: 0.8}", "grpo.share_noise=true"],
 }
 
 
@@ -86,9 +85,9 @@ def real_loop(bench: Bench, config: RunConfig, variant: str, ranks: int, rollout
     bench.rewards = bench.rewards or RewardPool(ClusterConfig(reward=RoleConfig(cpus=0.1)), config.rewards)
     run = Run(config)
     start = starting_point(run, "grpo")
-    kind = f"{config.grpo.lora} {config.grpo.kernel}"
+    setup = rollout_setup(run)
+    kind = str(setup)
     if kind not in bench.rollouts:
-        setup = RolloutSetup(start, bench.dataset, config.seed, config.grpo.sampling, config.grpo.kernel)
         count = 3 if variant == "full" else 1
         bench.rollouts[kind] = RolloutPool(ClusterConfig(rollout=RoleConfig(actors=count, cpus=0.1)), setup)
     pool = bench.rollouts[kind]
@@ -112,8 +111,8 @@ def real_loop(bench: Bench, config: RunConfig, variant: str, ranks: int, rollout
     final = load_transformer(run.final("grpo") / "model")
     after = {name: value for name, value in final.state_dict().items() if name in before}
     steps = [e for e in read_events(run.folder / "events.jsonl") if e["event"] == "step"]
-    assert all(step["first_ratio_error"] <= 1e-6 for step in steps)
-    return Outcome(before, after, [torch.tensor(group) for group in groups], [s["max_grad_norm"] for s in steps])
+    norms = [step["max_grad_norm"] for step in steps]
+    return Outcome(before, after, [torch.tensor(group) for group in groups], norms)
 
 
 def assert_equal(real: Outcome, expected: Outcome) -> None:
@@ -121,7 +120,7 @@ def assert_equal(real: Outcome, expected: Outcome) -> None:
         assert torch.equal(real.before[name], expected.before[name])
     apart = [float((a - b).norm() / b.norm()) for a, b in zip(real.groups, expected.groups, strict=True)]
     assert max(apart[:5]) <= 1e-6, apart  # sampled by the very same weights
-    assert max(apart) <= 1e-3, apart
+    assert max(apart) <= 1e-4, apart  # sampled by weights that differ in their last bits, through several steps
     assert relative_change(real.before, real.after, expected.after) <= 1e-3
     per_step = len(expected.norms) // len(real.norms)
     largest = [max(expected.norms[k : k + per_step]) for k in range(0, len(expected.norms), per_step)]
@@ -170,30 +169,67 @@ def keep_stale_weights(patch: pytest.MonkeyPatch) -> None:
         first.append(weights)
         publish(self, version, *first[0])
 
+    train = LearnerGroup.train
     patch.setattr(RolloutPool, "publish", stale)
-    patch.setattr(pipeline.grpo, "check_first_ratio", lambda *_: None)  # which would stop it by itself
+    # Without the bound on the first ratio, which would stop it by itself.
+    patch.setattr(LearnerGroup, "train", lambda self, step, items, _: train(self, step, items))
 
 
 def scale_twice(patch: pytest.MonkeyPatch) -> None:
     train = LearnerGroup.train
 
-    def doubled(self, step, items):
-        return train(self, step, [replace(item, extra=item.extra * 2) for item in items])
+    def doubled(self, step, items, bound):
+        return train(self, step, [replace(item, extra=item.extra * 2) for item in items], bound)
 
     patch.setattr(LearnerGroup, "train", doubled)
 
 
 @pytest.mark.parametrize("breakage", [lose_a_micro_batch, keep_stale_weights, scale_twice])
-@pytest.mark.parametrize(("variant", "ranks"), [("full", 1), ("full", 2), ("lora", 1), ("updates", 2)])
-def test_a_broken_loop_does_not(bench, reference, tmp_path, monkeypatch, breakage, variant, ranks):
-    config = bench.config(tmp_path / "run", variant)
+@pytest.mark.parametrize(
+    ("variant", "ranks", "rollouts", "stage"),
+    [
+        ("full", 1, 1, 1),
+        ("full", 2, 3, 0),
+        ("full", 2, 1, 3),
+        ("lora", 1, 1, 1),
+        ("updates", 2, 3, 1),
+        ("cps", 2, 1, 1),
+    ],
+)
+def test_a_broken_loop_does_not(bench, reference, tmp_path, monkeypatch, breakage, variant, ranks, rollouts, stage):
+    config = bench.config(tmp_path / "run", variant, f"grpo.zero_stage={stage}")
     breakage(monkeypatch)
+    broken = real_loop(bench, config, variant, ranks, rollouts)
     with pytest.raises(AssertionError):
-        assert_equal(real_loop(bench, config, variant, ranks, 1), reference(variant))
+        assert_equal(broken, reference(variant))
+
+
+def test_the_loop_runs_forward_process_training_without_knowing(bench, tmp_path):
+    nft = ["grpo.algorithm=nft", "grpo.nft.times=2", "grpo.steps=2", "grpo.epochs=2", "grpo.nft.kl=0.1"]
+    config = bench.config(tmp_path / "run", "full", *nft)
+    made = real_loop(bench, config, "nft", 2, 1)
+    steps = [e for e in read_events(config.folder / "events.jsonl") if e["event"] == "step"]
+    assert [step["updates"] for step in steps] == [2, 2]
+    assert all("ratio" not in step and step["drift"] > 0 and step["kl"] >= 0 for step in steps)
+    assert any((made.before[name] != made.after[name]).any() for name in made.before)
+
+
+def test_the_loop_runs_with_guard_kl_own_log_probs_resampling_and_a_second_order_solver(bench, tmp_path):
+    options = [
+        "grpo.objective={guard: true, kl: 0.1, old_log_probs: recomputed, clip_range: 1e-4}", "grpo.steps=2",
+        "grpo.minibatches=2", "grpo.resample=1", "grpo.sampling.schedule.solver=dpm2m", "rewards.advantage=gdpo",
+    ]  # fmt: skip
+    config = bench.config(tmp_path / "run", "lora", *options)
+    made = real_loop(bench, config, "everything", 2, 1)
+    steps = [e for e in read_events(config.folder / "events.jsonl") if e["event"] == "step"]
+    assert [step["updates"] for step in steps] == [2, 2]
+    assert all(step["first_ratio_error"] == 0 and step["kl"] >= 0 for step in steps)
+    assert any((made.before[name] != made.after[name]).any() for name in made.before)
 
 
 def test_stale_weights_stop_the_run_by_themselves(bench, tmp_path, monkeypatch):
+    train = LearnerGroup.train
     keep_stale_weights(monkeypatch)
-    monkeypatch.setattr(pipeline.grpo, "check_first_ratio", check_first_ratio)
-    with pytest.raises(NumericsError, match="step 2: the first ratio is off by"):
+    monkeypatch.setattr(LearnerGroup, "train", train)
+    with pytest.raises(NumericsError, match="step 2, the first ratio is off by"):
         real_loop(bench, bench.config(tmp_path / "run", "full"), "full", 1, 1)
