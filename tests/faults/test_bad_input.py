@@ -45,6 +45,7 @@ CONTEXT = {
         ("grpo.kernel.eta=0", ["grpo.kernel", "eta 0.0 does not fit flow_sde"]),
         ("grpo.lora.targets=[attn.to_qq]", ["grpo", "lora.targets: 'attn.to_qq'", "near", "attn.to_q"]),
         ("sft.lora.rank=4", ["sft", "lora", "sft.start"]),
+        ("sft.start=policy", ["sft.start needs vae.start", "name the same folder in both"]),
         ("grpo.nft.times=11", ["grpo", "nft.times 11", "10 noise levels"]),
         ("grpo.objective.guard=true", ["grpo", "objective.guard", "kernel.density: gaussian"]),
         ("grpo.tasks.make_coffee=1", ["unknown task 'make_coffee'", "automatic_matting"]),
@@ -116,7 +117,7 @@ def half_policy(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("verb", "key"), [("run", "grpo"), ("grpo", "grpo"), ("run", "sft"), ("run", "vae")])
+@pytest.mark.parametrize(("verb", "key"), [("run", "grpo"), ("grpo", "grpo"), ("run", "vae")])
 def test_a_start_without_a_policy_is_named_before_actors_start(capsys, tmp_path, verb, key):
     folders = [f"run_dir={tmp_path / 'run'}", f"{key}.start={tmp_path / 'nowhere'}"]
     code, message = run_main(capsys, verb, "tiny", *folders, "tracking.wandb=disabled")
@@ -126,7 +127,8 @@ def test_a_start_without_a_policy_is_named_before_actors_start(capsys, tmp_path,
 
 @pytest.mark.parametrize(("verb", "key"), [("grpo", "grpo"), ("run", "sft")])
 def test_a_start_without_a_transformer_is_named_with_its_key(capsys, tmp_path, half_policy, verb, key):
-    folders = [f"run_dir={tmp_path / 'run'}", f"{key}.start={half_policy}"]
+    vae = [f"vae.start={half_policy}"] if key == "sft" else []
+    folders = [f"run_dir={tmp_path / 'run'}", f"{key}.start={half_policy}", *vae]
     code, message = run_main(capsys, verb, "tiny", *folders, "tracking.wandb=disabled")
     assert code == 1
     assert f"{key}.start {half_policy}: no transformer/ here" in message

@@ -96,7 +96,7 @@ def test_a_setting_that_cannot_work_is_refused_in_one_message_that_names_its_key
         ["grpo.nft.times=9"],  # grpo draws no training times
         ["grpo.lora={}"],
         ["grpo.lora.targets=[attn.to_q,img_mlp.net.2]", "grpo.lora.alpha=8"],
-        ["sft.start=policy", "sft.lora.rank=4"],
+        ["vae.start=policy", "sft.start=policy", "sft.lora.rank=4"],
         ["vae.start=policy", "sft.start=policy"],
     ],
     ids=" ".join,
@@ -187,7 +187,7 @@ def test_a_run_that_starts_from_a_policy_has_and_needs_no_stages_before_grpo():
     assert needs(config, "sft") == ("vae",)  # asked for by name it is what it was
 
 
-@pytest.mark.parametrize("overrides", [["vae.start=policy"], ["sft.start=policy"]])
+@pytest.mark.parametrize("overrides", [["vae.start=policy"], ["vae.start=policy", "sft.start=policy"]])
 def test_a_start_of_an_earlier_stage_leaves_out_none(overrides):
     config = load_config("tiny", overrides)
     assert stages_of(config) == ("vae", "sft", "grpo", "evaluate")
@@ -197,11 +197,12 @@ def test_a_start_of_an_earlier_stage_leaves_out_none(overrides):
 @pytest.mark.parametrize("stage", ["vae", "sft", "grpo"])
 def test_a_starting_policy_is_found_from_any_working_directory_and_makes_another_run(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = load_config("tiny", [f"{stage}.start=mine/policy"])
+    vae = ["vae.start=elsewhere"] if stage == "sft" else []  # which sft.start demands
+    config = load_config("tiny", [*vae, f"{stage}.start=mine/policy"])
     assert getattr(config, stage).start == tmp_path / "mine" / "policy"
     monkeypatch.chdir(Path(__file__).parent)
     plain, same, other = (
-        load_config("tiny", overrides).identity_hash()
+        load_config("tiny", [*(f"vae.start={tmp_path}/elsewhere" for _ in vae), *overrides]).identity_hash()
         for overrides in ([], [f"{stage}.start={tmp_path}/mine/policy"], [f"{stage}.start=mine/policy"])
     )
     assert config.identity_hash() == same
