@@ -144,6 +144,17 @@ def test_a_doubtful_clip_range_is_said_once_before_actors_start_and_stops_nothin
     assert "nothing" in captured.err  # the missing dataset, which is looked for afterwards
 
 
+def test_a_run_goes_on_only_from_the_weights_it_began_with(capsys, tmp_path, half_policy):
+    (half_policy / "transformer").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "grpo.start.digest").write_text("0" * 32 + "\n")
+    folders = [f"run_dir={run}", f"grpo.start={half_policy}", "tracking.wandb=disabled"]
+    code, message = run_main(capsys, "grpo", "tiny", *folders)
+    assert code == 2
+    assert f"{half_policy}: not the grpo.start this run began with" in message
+
+
 def test_a_misspelt_scorer_is_named_before_actors_start(capsys, tmp_path, real_dataset):
     config = tmp_path / "mine.yaml"
     config.write_text("base: tiny\nrewards: {terms: [{name: layer}, {name: mine, scorer: boundry}]}\n")
@@ -162,7 +173,7 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(capsys, tmp_path, real_d
         capsys, "vae", "tiny", f"run_dir={run}", f"dataset={real_dataset}", "tracking.wandb=disabled"
     )
     assert code == 2
-    assert "not the data this run began with" in message
+    assert "not the dataset this run began with" in message
 
 
 def test_a_config_with_only_the_users_own_scorer_is_accepted(capsys, tmp_path):
