@@ -247,7 +247,7 @@ def test_an_adapter_is_stored_under_pefts_names_and_without_pickle(tmp_path):
 def test_training_an_adapter_on_with_other_settings_is_refused(tmp_path, config, word):
     save_both(tmp_path, adapted())
     model = live_dit()
-    with pytest.raises(ConfigError, match=rf"another lora\.{word} than the config asks for"):
+    with pytest.raises(ConfigError, match=rf"another lora\.{word} [(]"):
         load_adapter(model, tmp_path, config)
     assert not has_lora(model)
     with pytest.raises(ConfigError, match=rf"another lora\.{word}"):
