@@ -83,7 +83,7 @@ class RlProgram:
     """What both objectives share: the policy, the policy it started from, one micro-batch per step of a group."""
 
     def __init__(self, start: Start, kl: float) -> None:
-        self._start, self._kl = start, kl
+        self._start = start
         # Evaluation mode, as in the sampler: the ratio of an unchanged policy is exactly 1.
         self.module = starting_policy(start.policy, start.lora, start.seed).eval()
         self._frozen: torch.nn.Module | None = None
