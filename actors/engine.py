@@ -47,6 +47,8 @@ class EngineConfig(StrictConfig):
     """DeepSpeed ZeRO stage."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of the averaged weights that a stage hands on; 0 switches averaging off."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products and convolutions in the forward and backward pass (autocast); weights stay float32."""
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
@@ -98,6 +100,11 @@ class Engine:
         self.ema: dict[str, torch.Tensor] = {}
         if config.ema:
             self.ema = {name: value.detach().clone() for name, value in self.weights().items()}
+
+    def autocast(self) -> torch.autocast:
+        """Context of a forward pass at the configured precision."""
+        device = next(self.module.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def accumulate(self, loss: MicroLoss, global_count: int, *, last: bool, weight: float = 1.0) -> None:
         """Backward of one micro-batch.

@@ -150,7 +150,8 @@ class LearnerRank:
         micros += [(micros[-1][0], 0.0, "padding")] * (plan.calls - len(micros))
         stats = []
         for k, (micro, weight, name) in enumerate(micros):
-            loss = program.loss(engine.engine, micro)
+            with engine.autocast():
+                loss = program.loss(engine.engine, micro)
             try:
                 engine.accumulate(loss, plan.global_count, last=k == len(micros) - 1, weight=weight)
             except NumericsError as error:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, OmniAlphaError
-from pipeline import report, reward_commands, sample
+from pipeline import export, report, reward_commands, sample
 
 log = logging.getLogger("omnialpha")
 
 STAGE_HELP = {
     "run": "all stages, skipping what is done",
+    "rgb": "train the RGB VAE that the next stage converts, where the config asks for one",
     "vae": "train the alpha-aware VAE and encode the training split",
     "sft": "multi-task supervised cold start",
     "grpo": "GRPO on rewards of the decoded layers",
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     report.register(commands)
     reward_commands.register(commands)
     sample.register(commands)
+    export.register(commands)
     return parser
 
 

@@ -22,6 +22,7 @@ from data.config import DataConfig
 from data.tasks import get_task
 from policy.adapters import LoraConfig, check_targets
 from policy.dit import DitConfig
+from policy.folder import shipped_policies
 from policy.group import Recording
 from policy.kernels import KernelConfig
 from policy.programs import SftConfig, VaeLossConfig
@@ -68,6 +69,15 @@ class BatchedConfig(TrainingConfig):
     """Backward calls per optimiser step over all ranks; the same whatever their number."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of the averaged weights that the stage hands on; 0 switches averaging off."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products and convolutions while training (autocast); weights stay float32."""
+
+
+class RgbStageConfig(BatchedConfig):
+    """Stage 0, optional: an RGB VAE of the size of ``vae.network`` that stage 1 converts."""
+
+    loss: VaeLossConfig = VaeLossConfig()
+    """Loss weights; ``alpha`` has no meaning here."""
 
 
 class VaeStageConfig(BatchedConfig):
@@ -237,6 +247,8 @@ class RunConfig(StrictConfig):
     """A dataset built earlier; None builds one from ``data`` inside the run folder."""
     data: DataConfig = DataConfig()
     """The dataset to build."""
+    rgb: RgbStageConfig | None = None
+    """Stage 0; None starts stage 1 from a fresh network."""
     vae: VaeStageConfig
     """Stage 1."""
     sft: SftStageConfig
@@ -258,6 +270,8 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _starts_fit(self) -> "RunConfig":
+        if self.rgb and self.vae.start:
+            raise ValueError("rgb trains what vae.start would replace; leave one of them out")
         if self.sft.start and not self.vae.start:
             raise ValueError(
                 "sft.start needs vae.start: its transformer knows the latents of the VAE in its own folder, not those "
@@ -297,7 +311,7 @@ class RunConfig(StrictConfig):
         """What a run folder belongs to: all that changes its results, so not placement, tracking, paths or cadence."""
         outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
         cadence = {"commit_every", "pictures_every", "keep_rollouts"}
-        exclude: dict[str, Any] = {"data": {"workers"}, "vae": cadence, "sft": cadence, "grpo": cadence}
+        exclude: dict[str, Any] = {"data": {"workers"}, "rgb": cadence, "vae": cadence, "sft": cadence, "grpo": cadence}
         return self.model_dump(mode="json", exclude=exclude | dict.fromkeys(outside, True))
 
     def identity_hash(self) -> str:
@@ -339,9 +353,9 @@ def _anchored(config: RunConfig) -> RunConfig:
         update={
             "run_dir": config.folder.resolve(),
             "dataset": _absolute(config.dataset),
-            "vae": config.vae.model_copy(update={"start": _absolute(config.vae.start)}),
-            "sft": config.sft.model_copy(update={"start": _absolute(config.sft.start)}),
-            "grpo": config.grpo.model_copy(update={"start": _absolute(config.grpo.start)}),
+            "vae": config.vae.model_copy(update={"start": _policy(config.vae.start)}),
+            "sft": config.sft.model_copy(update={"start": _policy(config.sft.start)}),
+            "grpo": config.grpo.model_copy(update={"start": _policy(config.grpo.start)}),
             "rewards": config.rewards.model_copy(update={"terms": terms}),
         }
     )
@@ -349,3 +363,8 @@ def _anchored(config: RunConfig) -> RunConfig:
 
 def _absolute(path: Path | None) -> Path | None:
     return path.resolve() if path else None
+
+
+def _policy(path: Path | None) -> Path | None:
+    """A policy that comes with the package by its name, any other by its path."""
+    return shipped_policies().get(str(path), _absolute(path)) if path else None

@@ -29,7 +29,13 @@ SECTIONS = (
     "Data",
     "Configuration",
 )
-STAGE_WORDS = {"start": "before the first stage (data, Ray)", "vae": "VAE", "sft": "SFT", "grpo": "GRPO"}
+STAGE_WORDS = {
+    "start": "before the first stage (data, Ray)",
+    "rgb": "RGB VAE",
+    "vae": "VAE",
+    "sft": "SFT",
+    "grpo": "GRPO",
+}
 
 
 def render(runs: Sequence[RunData]) -> str:
@@ -336,7 +342,7 @@ def grpo_curves(runs: Sequence[RunData]) -> str:
 def supervised_curves(runs: Sequence[RunData]) -> str:
     """Losses of the stages before GRPO."""
     parts = []
-    for stage, smooth in (("vae", 9), ("sft", 9)):
+    for stage, smooth in (("rgb", 9), ("vae", 9), ("sft", 9)):
         lines = [curve(run, stage, "loss", run.name) for run in runs]
         parts.append(chart(f"{stage.upper()} loss", lines, smooth, log=True))
         if stage == "vae" and len(runs) == 1:

@@ -19,24 +19,27 @@ from pipeline.grpo import run_grpo
 from pipeline.report import report_finished
 from pipeline.report_data import environment
 from pipeline.run import Run
-from pipeline.train import run_sft, run_vae, starting_point
+from pipeline.train import run_rgb, run_sft, run_vae, starting_point
 from policy.folder import load_vae, policy_digest
 from rewards.base import build
 
 log = logging.getLogger("omnialpha")
 
-STAGES = ("vae", "sft", "grpo", "evaluate")
+STAGES = ("rgb", "vae", "sft", "grpo", "evaluate")
 
 
 def stages_of(config: RunConfig) -> tuple[str, ...]:
-    """The stages of a whole run: those before ``grpo.start`` are not wanted."""
-    return STAGES if config.grpo.start is None else ("grpo", "evaluate")
+    """The stages of a whole run: those before ``grpo.start`` are not wanted, ``rgb`` only where it is configured."""
+    if config.grpo.start:
+        return ("grpo", "evaluate")
+    return STAGES if config.rgb else STAGES[1:]
 
 
 def needs(config: RunConfig, stage: str) -> tuple[str, ...]:
     """Stages whose results a stage starts from."""
     sft = () if config.grpo.start else ("sft",)
-    return {"vae": (), "sft": ("vae",), "grpo": sft, "evaluate": (*sft, "grpo")}[stage]
+    rgb = ("rgb",) if config.rgb else ()
+    return {"rgb": (), "vae": rgb, "sft": ("vae",), "grpo": sft, "evaluate": (*sft, "grpo")}[stage]
 
 
 def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
@@ -136,6 +139,8 @@ def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
             began = time.monotonic()
             run.events.write("stage_started", stage=stage)
             match stage:
+                case "rgb":
+                    run_rgb(run, actors.learner)
                 case "vae":
                     run_vae(run, actors.learner)
                 case "sft":

@@ -14,7 +14,7 @@ from data.tasks import get_task
 from pipeline.config import BatchedConfig
 from pipeline.run import Progress, Run
 from policy.folder import load_vae, save_vae
-from policy.programs import Batch, make_sft_program, make_vae_program
+from policy.programs import Batch, make_rgb_program, make_sft_program, make_vae_program
 from policy.rl import Start
 from policy.vae import set_latent_statistics
 
@@ -24,13 +24,23 @@ SHOW_EVERY_S = 2.0
 """Steps of these stages take fractions of a second; the terminal shows some of them, the log all."""
 
 
+def run_rgb(run: Run, learner: LearnerGroup) -> None:
+    """Trains the RGB VAE that :func:`run_vae` converts."""
+    config, stage = run.config, run.config.rgb
+    assert stage is not None
+    make = functools.partial(make_rgb_program, config.vae.network, stage.loss, config.dataset_folder, config.seed)
+    progress = _train(run, "rgb", stage, learner, make)
+    progress.finish(lambda folder: learner.export(folder / "model"))
+
+
 def run_vae(run: Run, learner: LearnerGroup) -> None:
     """Trains the VAE, measures its latents and encodes the training split."""
     config, dataset, start = run.config, run.config.dataset_folder, run.config.vae.start
     if start:
         progress = Progress(run, "vae", 0, 1)
     else:
-        make = functools.partial(make_vae_program, config.vae.network, config.vae.loss, dataset, config.seed)
+        rgb = run.require("rgb", wanted_by="vae") / "model" if config.rgb else None
+        make = functools.partial(make_vae_program, config.vae.network, config.vae.loss, dataset, config.seed, rgb)
         progress = _train(run, "vae", config.vae, learner, make)
 
     def write(folder: Path) -> None:
@@ -64,9 +74,8 @@ def run_sft(run: Run, learner: LearnerGroup) -> None:
 
 def _train(run: Run, stage: str, config: BatchedConfig, learner: LearnerGroup, make: functools.partial) -> Progress:
     sampler = task_sampler(run, stage, config.tasks)
-    size = learner.setup(
-        make, config.optimiser, EngineConfig(zero_stage=config.zero_stage, ema=config.ema), config.steps
-    )
+    engine = EngineConfig(zero_stage=config.zero_stage, ema=config.ema, precision=config.precision)
+    size = learner.setup(make, config.optimiser, engine, config.steps)
     progress = Progress(run, stage, config.steps, config.commit_every)
     start = progress.resume(learner.restore)
     log.info("%s: %.2f M parameters, %d steps of %d records", stage, size / 1e6, config.steps, _records(config))

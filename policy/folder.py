@@ -27,6 +27,8 @@ from policy.adapters import (
 )
 from policy.text import PACKAGE
 
+SHIPPED = Path(__file__).parent / "shipped"
+
 
 def save_vae(folder: Path, vae: AutoencoderKL) -> None:
     """Writes ``vae/`` and an index that names it."""
@@ -101,6 +103,21 @@ def export_policy(
     assert start is not None
     save_policy(folder, vae, _load(QwenImageTransformer2DModel, start, "transformer"))
     save_adapter(folder, weights, lora)
+
+
+def shipped_policies() -> dict[str, Path]:
+    """Policy folders that come with the package, by name."""
+    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/model_index.json"))}
+
+
+def export_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Writes a copy of a policy folder whose weights are stored in ``dtype``, an adapter merged.
+
+    Raises:
+        CheckpointError: ``source`` holds no policy.
+    """
+    transformer = starting_policy(source, None, 0)
+    save_policy(target, load_vae(source).to(dtype), transformer.to(dtype))
 
 
 def policy_digest(folder: Path, *parts: str) -> str:

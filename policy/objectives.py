@@ -112,3 +112,16 @@ def alpha_blend_mse(output_B4HW: torch.Tensor, target_B4HW: torch.Tensor) -> tor
 def gaussian_kl(mean_BCHW: torch.Tensor, logvar_BCHW: torch.Tensor) -> torch.Tensor:
     """KL(N(mean, var) ‖ N(0, I)), mean over all elements."""
     return 0.5 * (mean_BCHW**2 + logvar_BCHW.exp() - 1 - logvar_BCHW).mean()
+
+
+def gaussian_kl_between(posterior_BCHW: torch.Tensor, reference_BCHW: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, var) ‖ N(reference's mean, var)), mean over all elements.
+
+    Both are diffusers' moments: mean and log-variance stacked along the channels; log-variances are clamped to
+    [−30, 20] as diffusers does.
+    """
+    mean, logvar = posterior_BCHW.chunk(2, dim=1)
+    other_mean, other_logvar = reference_BCHW.chunk(2, dim=1)
+    logvar, other_logvar = logvar.clamp(-30, 20), other_logvar.clamp(-30, 20)
+    spread = (logvar - other_logvar).exp() + (mean - other_mean) ** 2 / other_logvar.exp()
+    return 0.5 * (spread - 1 - logvar + other_logvar).mean()

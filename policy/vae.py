@@ -35,17 +35,13 @@ class VaeConfig(StrictConfig):
         return 2 ** (len(self.channels) - 1)
 
 
-def build_vae(config: VaeConfig, seed: int) -> AutoencoderKL:
-    """A 4-channel AutoencoderKL with weights drawn from ``seed`` that starts opaque.
-
-    Opaque initialisation (Eq. 14 of arXiv 2511.20211 v2): the decoder's alpha row has zero weights and bias 1 and
-    the encoder's alpha column is zero, so that alpha is learned from "fully opaque" on.
-    """
+def build_vae(config: VaeConfig, seed: int, image_channels: int = 4) -> AutoencoderKL:
+    """An AutoencoderKL with weights drawn from ``seed``; with four image channels it starts opaque (:func:`opaque`)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKL(
-            in_channels=4,
-            out_channels=4,
+            in_channels=image_channels,
+            out_channels=image_channels,
             down_block_types=("DownEncoderBlock2D",) * len(config.channels),
             up_block_types=("UpDecoderBlock2D",) * len(config.channels),
             block_out_channels=config.channels,
@@ -56,12 +52,36 @@ def build_vae(config: VaeConfig, seed: int) -> AutoencoderKL:
             use_post_quant_conv=False,
         )
     with torch.no_grad():
-        vae.encoder.conv_in.weight[:, 3].zero_()
-        vae.decoder.conv_out.weight[3].zero_()
-        vae.decoder.conv_out.bias[3].fill_(1.0)
         # A fresh posterior would have unit variance beside tiny means: the decoder would learn from noise at first.
         vae.encoder.conv_out.bias[config.latent_channels :].fill_(INITIAL_LOGVAR)
+    if image_channels == 4:
+        _make_opaque(vae)
     return vae
+
+
+def opaque(rgb: AutoencoderKL) -> AutoencoderKL:
+    """A 4-channel VAE from a 3-channel one: opaque initialisation (Eq. 14 of arXiv 2511.20211 v2).
+
+    The encoder's alpha column is zero, the decoder's alpha row has zero weights and bias 1: the new VAE does to colours
+    what the old one did, ignores alpha and says "fully opaque", in [−1, 1] as the network sees pixels.
+    """
+    vae = AutoencoderKL.from_config(rgb.config, in_channels=4, out_channels=4)
+    weights, old = vae.state_dict(), rgb.state_dict()
+    for name, value in weights.items():
+        if value.shape == old[name].shape:
+            value.copy_(old[name])
+    weights["encoder.conv_in.weight"][:, :3].copy_(old["encoder.conv_in.weight"])
+    weights["decoder.conv_out.weight"][:3].copy_(old["decoder.conv_out.weight"])
+    weights["decoder.conv_out.bias"][:3].copy_(old["decoder.conv_out.bias"])
+    _make_opaque(vae)
+    return vae
+
+
+@torch.no_grad()
+def _make_opaque(vae: AutoencoderKL) -> None:
+    vae.encoder.conv_in.weight[:, 3].zero_()
+    vae.decoder.conv_out.weight[3].zero_()
+    vae.decoder.conv_out.bias[3].fill_(1.0)
 
 
 def set_latent_statistics(vae: AutoencoderKL, mean_C: torch.Tensor, std_C: torch.Tensor) -> None:

@@ -208,3 +208,29 @@ def test_sigterm_stops_at_a_commit_with_its_exit_code(tmp_path_factory, real_dat
     assert commits
     verify(max(commits))
     wait_until(lambda: not processes_of(run), 20, "the end of all processes")
+
+
+def test_a_vae_grows_out_of_an_rgb_one_where_the_config_asks_for_it(tmp_path, real_dataset):
+    run = tmp_path / "run"
+    size = "steps: 2, micro_batch: 2, micro_batches: 2, precision: bfloat16"
+    stage = f"rgb={{{size}, optimiser: {{lr: 1e-3}}, tasks: {{layer_decomposition: 1}}}}"
+    overrides = [stage, "vae.loss.reference=1e-3", "vae.steps=1", "vae.optimiser.warmup=0", "vae.optimiser.lr=1e-6"]
+    for verb in ("rgb", "vae"):
+        done = subprocess.run(
+            [*command(run, real_dataset, verb), *overrides, "vae.ema=0"],
+            env=environment(run),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    load = AutoencoderKL.from_pretrained
+    rgb, rgba = (
+        load(run / stage / "final" / "model", subfolder="vae", local_files_only=True) for stage in ("rgb", "vae")
+    )
+    assert (rgb.config.in_channels, rgba.config.in_channels) == (3, 4)
+    # One step of Adam at 1e-6 moves a weight by about as much: what is not new is still the RGB network's.
+    old, new = rgb.state_dict(), rgba.state_dict()
+    assert all(float((new[name] - old[name]).abs().max()) < 2e-6 for name in old if new[name].shape == old[name].shape)
+    assert float((new["decoder.conv_out.weight"][:3] - old["decoder.conv_out.weight"]).abs().max()) < 2e-6
+    step = next(e for e in read_events(run / "events.jsonl") if e["event"] == "step" and e["stage"] == "vae")
+    assert step["reference"] == pytest.approx(0, abs=1e-6)  # the encoder is still the one it started from

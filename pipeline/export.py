@@ -1,0 +1,90 @@
+"""``omnialpha export``: a run's policy as a folder to hand on, with the record of how it was trained."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from common.errors import CheckpointError
+
+log = logging.getLogger("omnialpha")
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+LOGGED_STEPS = 200
+"""Steps per stage in the record, evenly spread."""
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser("export", help="a run's policy as a folder to hand on, with its training record")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--stage", choices=("sft", "grpo"), help="whose policy; default: the last finished one")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights")
+    parser.set_defaults(handler=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from common.commit import begin, commit, storage_errors, verify
+    from policy.folder import export_folder
+
+    stages = [options.stage] if options.stage else ["grpo", "sft"]
+    finished = [stage for stage in stages if (options.run / stage / "final").is_dir()]
+    if not finished:
+        raise CheckpointError(
+            f"{options.run}: no finished stage out of {', '.join(stages)} here; give a run folder, or run that stage"
+        )
+    if options.out.exists():
+        raise CheckpointError(f"{options.out}: exists; remove it or name another folder")
+    source = verify(options.run / finished[0] / "final").path / "model"
+    temporary = begin(options.out)
+    with storage_errors(options.out):
+        export_folder(source, temporary, getattr(torch, options.dtype))
+        (temporary / "training.json").write_text(json.dumps(training_record(options.run, finished[0]), indent=1) + "\n")
+    commit(temporary, options.out, {"step": 0, "stage": finished[0], "dtype": options.dtype})
+    size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    log.info("wrote the policy of stage %s to %s (%.1f MB)", finished[0], options.out, size / 1e6)
+
+
+def training_record(run: Path, stage: str) -> dict[str, Any]:
+    """What is needed to train the policy again and to judge how it went: seed, config, data manifest, versions, log."""
+    import yaml
+
+    from common.events import read_events
+    from pipeline.report_data import public
+
+    config = public(yaml.safe_load((run / "config.yaml").read_text()))
+    outside = {"run_dir", "dataset", "cluster", "tracking"}
+    events = read_events(run / "events.jsonl")
+    environments = [event for event in events if event["event"] == "environment"]
+    manifest = run / "dataset" / "manifest.json"
+    steps: dict[str, dict[int, dict[str, Any]]] = {}
+    for event in events:
+        if event["event"] == "step":  # of a step that was trained twice, after a kill, the later one counts
+            kept = {k: v for k, v in event.items() if k not in ("event", "stage", "attempt", "time")}
+            steps.setdefault(event["stage"], {})[event["step"]] = kept
+    seconds: dict[str, float] = {}
+    for event in events:
+        if event["event"] == "stage_seconds":
+            seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
+    return {
+        "stage": stage,
+        "seed": config["seed"],
+        "config": {key: value for key, value in config.items() if key not in outside},
+        "data": json.loads(manifest.read_text()) if manifest.is_file() else None,
+        "environment": {k: v for k, v in environments[-1].items() if k not in ("event", "attempt", "time")}
+        if environments
+        else None,
+        "seconds_of_the_last_attempt": seconds,
+        "log": {name: _thinned(rows) for name, rows in steps.items()},
+    }
+
+
+def _thinned(rows: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    ordered = [rows[step] for step in sorted(rows)]
+    every = max(1, -(-len(ordered) // LOGGED_STEPS))
+    return [row for k, row in enumerate(ordered) if (k + 1) % every == 0 or k == len(ordered) - 1]
