@@ -14,6 +14,7 @@ import numpy as np
 import ray
 import torch
 
+from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.waiting import wait_all
 from common.errors import ActorError
@@ -194,14 +195,14 @@ class RolloutPool:
         if wrong := [number for number, got in enumerate(held) if got != name]:
             raise ActorError(f"rollout actors {wrong} hold other weights than version {version} ({name}) after loading")
 
-    def sample(self, requests: Sequence[GroupRequest]) -> list[Group]:
-        """Submits groups round robin and returns at once."""
-        groups = []
-        for number, request in enumerate(requests):
-            actor = self.actors[number % len(self.actors)]
-            meta, trajectory, pixels = actor.sample.options(num_returns=3).remote(request)
-            groups.append(Group(request, meta, trajectory, pixels))
-        return groups
+    def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float]) -> list[Group]:
+        """Submits groups, shared among the actors by their relative costs, and returns at once."""
+        groups: list[Group | None] = [None] * len(requests)
+        for actor, share in zip(self.actors, balance(costs, len(self.actors)), strict=True):
+            for number in share:
+                meta, trajectory, pixels = actor.sample.options(num_returns=3).remote(requests[number])
+                groups[number] = Group(requests[number], meta, trajectory, pixels)
+        return [group for group in groups if group is not None]
 
     def load_folder(self, model: Path) -> str:
         """All actors take a policy folder's transformer; returns its digest.

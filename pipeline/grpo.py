@@ -21,6 +21,7 @@ from actors.rollout import Group, RolloutPool
 from actors.waiting import wait_all
 from common.errors import ActorError, NumericsError, RewardError
 from data.seeding import seed_for
+from data.tasks import get_task
 from pipeline.run import Progress, Run
 from pipeline.train import starting_point, task_sampler
 from policy.group import GroupMeta, GroupRequest
@@ -89,7 +90,8 @@ def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, ve
         ]
         for request, draw in zip(requests, draws, strict=True):
             run.events.write("group_launched", stage="grpo", step=step + 1, group=request.name, task=draw.task)
-        scored += collect(rollouts.sample(requests), rewards, version, config.cluster.deadline_s)
+        groups = rollouts.sample(requests, [get_task(draw.task).images for draw in draws])
+        scored += collect(groups, rewards, version, config.cluster.deadline_s)
     return scored
 
 
