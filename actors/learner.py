@@ -28,6 +28,7 @@ from common.errors import ClusterError, NumericsError
 from data.records import RecordDataset
 from policy.latents import LatentSums, encode_records, latent_statistics, split_work
 from policy.programs import Program
+from policy.rl import GrpoProgram, RlProgram
 from policy.weights import digest, pack
 
 LOOPBACK = "127.0.0.1"
@@ -174,6 +175,7 @@ class LearnerRank:
         ``spare`` repeats of the last group keep the ranks' forward passes equal in number.
         """
         program, engine = self._rl_program(), self._ready().engine
+        assert isinstance(program, GrpoProgram)
         results = [program.recompute(engine, payload) for payload in payloads]
         for _ in range(spare):
             program.recompute(engine, payloads[-1])
@@ -205,8 +207,8 @@ class LearnerRank:
         """Encodes this rank's share of the training split (between stages: no engine needed)."""
         return encode_records(model, RecordDataset(dataset, "train"), *work, out)
 
-    def _rl_program(self) -> Any:
-        assert self._program is not None
+    def _rl_program(self) -> RlProgram:
+        assert isinstance(self._program, RlProgram)
         return self._program
 
     def _ready(self) -> Engine:

@@ -4,7 +4,8 @@
     python -m benchmarks.study table --out runs/study
 
 ``runs/demo`` is a finished demo: its SFT policy and dataset are the starting point of every case. ``wrong_sign`` trains
-on the negated advantages: if it did not fall below SFT, a gain of the others would not come from the reward.
+on the negated advantages: if it did not fall below SFT, a gain of the others would not come from the reward. The two
+cases that prove something are evaluated on the test split, those that choose a setting on the validation split.
 """
 
 import argparse
@@ -27,13 +28,14 @@ class Case:
     """−1 negates the advantages."""
     steps: int = 12
     records: int = 30
-    """Test records per task."""
+    """Records per task."""
+    split: str = "val"
 
 
 UPDATES = ("grpo.minibatches=4",)
 CASES = (
-    Case("default", seeds=(1, 2, 3), steps=30, records=60),
-    Case("wrong_sign", seeds=(1, 2, 3), sign=-1, steps=30, records=60),
+    Case("default", seeds=(1, 2, 3), steps=30, records=60, split="test"),
+    Case("wrong_sign", seeds=(1, 2, 3), sign=-1, steps=30, records=60, split="test"),
     Case("lr_1e-4"),
     Case("lr_3e-5", ("grpo.optimiser.lr=3e-5",)),
     Case("lr_3e-4", ("grpo.optimiser.lr=3e-4",)),
@@ -74,6 +76,7 @@ def _train(case: Case, seed: int, demo: Path, folder: Path) -> None:
             f"grpo.steps={case.steps}",
             "grpo.pictures_every=1000",
             f"evaluate.records={case.records}",
+            f"evaluate.split={case.split}",
             "tracking.wandb=disabled",
             *case.overrides,
         ],

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from policy.kernels import KernelConfig, transition
-
 # Mean and mean square of ImageNet backgrounds per channel in [−1, 1] space (AlphaVAE, arXiv 2507.09308).
 BACKGROUND_MEAN = (-0.0357, -0.0811, -0.1797)
 BACKGROUND_MEAN_SQUARE = (0.3163, 0.3060, 0.3634)
@@ -68,17 +66,6 @@ def nft_loss(
     negative = part((1 + beta) * old - beta * velocity_BMCHW)
     weight = (advantages_B / (2 * advantage_max) + 0.5).clamp(0, 1)
     return advantage_max * (weight * positive + (1 - weight) * negative) / beta
-
-
-def replay_log_prob(
-    kernel: KernelConfig,
-    states_BMCHW: torch.Tensor,
-    next_states_BMCHW: torch.Tensor,
-    velocity_BMCHW: torch.Tensor,
-    sigmas: tuple[float, float, float],
-) -> torch.Tensor:
-    """Log-density of a stored transition under a new velocity, (B,). ``sigmas`` is (σ, σ′, the schedule's second σ)."""
-    return transition(kernel, states_BMCHW, velocity_BMCHW, *sigmas).log_prob(next_states_BMCHW)
 
 
 def shifted_times(uniform_B: torch.Tensor, shift: float) -> torch.Tensor:

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import normal
 
-from policy.kernels import KernelConfig, transition
 from policy.objectives import (
     BACKGROUND_MEAN,
     BACKGROUND_MEAN_SQUARE,
@@ -16,7 +15,6 @@ from policy.objectives import (
     clipped_loss,
     flow_matching_pair,
     gaussian_kl,
-    replay_log_prob,
     shifted_times,
 )
 from policy.schedule import ScheduleConfig
@@ -89,17 +87,6 @@ def test_an_unchanged_policy_has_ratio_one_nothing_clipped_and_the_plain_gradien
     assert result.losses_B.tolist() == [-2.0, 3.0, 0.0]
     assert result.clipped_B.tolist() == [False, False, False]
     assert new.grad.tolist() == [-2.0, 3.0, 0.0]
-
-
-@pytest.mark.parametrize("name", ["flow_sde", "dance", "cps"])
-def test_a_replayed_log_prob_is_the_kernels_own(name):
-    kernel = KernelConfig(name=name, eta=0.5)
-    state, following, velocity = (normal(2, 1, 4, 4, 4, seed=k) for k in range(3))
-    sigmas = (1.0, 0.9, 0.9)
-    assert torch.equal(
-        replay_log_prob(kernel, state, following, velocity, sigmas),
-        transition(kernel, state, velocity, *sigmas).log_prob(following),
-    )
 
 
 def test_the_rectified_flow_pair_is_the_point_on_the_line_and_its_direction():

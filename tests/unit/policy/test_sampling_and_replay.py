@@ -10,7 +10,7 @@ from torch import nn
 from policy.dit import to_tokens, velocity
 from policy.folder import save_policy
 from policy.kernels import KernelConfig, transition
-from policy.objectives import clipped_loss, replay_log_prob
+from policy.objectives import clipped_loss
 from policy.rl import GrpoConfig, GrpoProgram, Start
 from policy.sampling import Condition, denoise, member_noise
 from policy.schedule import ScheduleConfig
@@ -48,7 +48,8 @@ def replayed(model, result, window, name):
         state, following = (result.window_BWMCHW[:, place + k].float() for k in (0, 1))
         times = torch.full((BATCH,), SIGMAS[step])
         v = velocity(model, state, times, condition.inputs_BNCHW, condition.text_BTD)
-        columns.append(replay_log_prob(kernel, state, following, v, (SIGMAS[step], SIGMAS[step + 1], SIGMAS[1])))
+        move = transition(kernel, state, v, SIGMAS[step], SIGMAS[step + 1], SIGMAS[1])
+        columns.append(move.log_prob(following))
     return torch.stack(columns, 1)
 
 
@@ -249,9 +250,8 @@ def test_the_policy_gradient_raises_the_log_prob_of_the_better_member(tmp_path):
         state, following = group.states(0), group.states(1)
         condition = group.condition()
         v = velocity(program.module, state, torch.full((BATCH,), SIGMAS[1]), condition.inputs_BNCHW, condition.text_BTD)
-        change = (
-            replay_log_prob(kernel, state, following, v, (SIGMAS[1], SIGMAS[2], SIGMAS[1])) - result.log_probs_BW[:, 0]
-        )
+        move = transition(kernel, state, v, SIGMAS[1], SIGMAS[2], SIGMAS[1])
+        change = move.log_prob(following) - result.log_probs_BW[:, 0]
     assert float(change[0] - change[2]) > 0
 
 
