@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("omnialpha")
 
+POLICY = "demo-base"
+"""The policy that comes with the package."""
+
 OPTIONS = {"image": "--input", "mask": "--mask"}
 """The option that brings each input role of the task table."""
 
@@ -25,7 +28,12 @@ OPTIONS = {"image": "--input", "mask": "--mask"}
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
     parser = commands.add_parser("sample", help="apply a trained policy to a picture of yours")
-    parser.add_argument("--policy", type=Path, required=True, help="model folder, such as runs/demo/grpo/final/model")
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        default=Path(POLICY),
+        help=f"model folder, such as runs/demo/grpo/final/model, or {POLICY}",
+    )
     parser.add_argument("--task", required=True, help="what to do, such as automatic_matting or object_removal")
     parser.add_argument("--input", type=Path, help="the picture, for tasks that take one")
     parser.add_argument("--mask", type=Path, help="white marks the object, for tasks that take a mask")
@@ -49,10 +57,14 @@ def _sample(options: argparse.Namespace) -> None:
     from common.config import validate
     from data.images import Letterbox, read_image
     from data.tasks import get_task
+    from policy.folder import named_policy, trained_size
     from policy.infer import InferConfig, Policy
 
-    schedule = _given(options, "steps", "shift", "solver")
-    config = validate(InferConfig, {"schedule": schedule, **_given(options, "seed", "count", "size")}, "sample")
+    folder = named_policy(options.policy)
+    given = {"schedule": _given(options, "steps", "shift", "solver"), **_given(options, "seed", "count", "size")}
+    if recorded := trained_size(folder):
+        given.setdefault("size", recorded)
+    config = validate(InferConfig, given, "sample")
     task = get_task(options.task)
     # Everything that can be wrong is checked before the policy loads.
     prompt = _prompt(task, options.prompt)
@@ -64,7 +76,7 @@ def _sample(options: argparse.Namespace) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
     transformers.utils.logging.disable_progress_bar()  # of loading a text encoder that takes no time
-    policy = Policy(options.policy)
+    policy = Policy(folder)
     policy.check_size(config.size)
     box = None
     if "image" in pixels:

@@ -110,6 +110,19 @@ def shipped_policies() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/model_index.json"))}
 
 
+def named_policy(name: Path) -> Path:
+    """The policy folder that comes with the package under ``name``, or else the path itself."""
+    return shipped_policies().get(str(name), name)
+
+
+def trained_size(folder: Path) -> int | None:
+    """Side in pixels of the images that an exported policy was trained on; None where nobody recorded it."""
+    try:
+        return int(json.loads((folder / "training.json").read_text())["config"]["data"]["size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def export_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Writes a copy of a policy folder whose weights are stored in ``dtype``, an adapter merged.
 
