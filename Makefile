@@ -3,13 +3,14 @@
 # make setup   what both need, in .venv; quick when it is there
 # make study   the demo's policy trained again under many settings; hours on two cores, goes on where it stopped
 # make bench   ratios of speed against baselines, after a demo
+# make base    trains the policy that the demo starts from; hours on two cores, goes on where it stopped
 # make soak    kills a tiny run at random moments until it finishes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint types study bench soak tools clean
+.PHONY: setup demo test lint types study bench soak base tools clean
 
 setup: $(VENV)/.complete
 
@@ -46,6 +47,13 @@ study: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.grpo_step runs/demo
+
+base: setup
+	$(BIN)/omnialpha rgb demo-base
+	$(BIN)/omnialpha vae demo-base
+	$(BIN)/omnialpha sft demo-base
+	rm -rf policy/shipped/demo-base
+	$(BIN)/omnialpha export runs/demo-base policy/shipped/demo-base --stage sft --dtype bfloat16
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -n 0 -s tests/faults
