@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -54,6 +54,9 @@ class PlacementRow:
     role: str
     actors: int
     cpus: float
+    """Of all its actors together."""
+    gpus: float = 0.0
+    """Of all its actors together."""
 
 
 def placement(config: ClusterConfig) -> list[PlacementRow]:
@@ -62,34 +65,48 @@ def placement(config: ClusterConfig) -> list[PlacementRow]:
     return [PlacementRow(name, role.actors, role.actors * role.cpus) for name, role in roles.items()]
 
 
-def check_placement(config: ClusterConfig, cpus: float) -> None:
+def check_placement(rows: Sequence[PlacementRow], cpus: float, gpus: float | None = None) -> None:
     """Compares the configured actors with what a cluster offers, before anything loads.
+
+    Args:
+        rows: what is asked for.
+        cpus: what there is.
+        gpus: what there is; None where only the cluster could tell.
 
     Raises:
         PlacementError: what is asked for, role by role, and what there is.
     """
-    rows = placement(config)
-    need = sum(row.cpus for row in rows)
-    if need > cpus + 1e-9:
-        asked = ", ".join(f"{row.role} {row.actors} × {row.cpus / row.actors:g} CPU" for row in rows)
-        raise PlacementError(
-            f"the configured actors need {need:g} CPUs ({asked}) but the cluster offers {cpus:g}; "
-            "lower cluster.*.actors or cluster.*.cpus, or add machines"
-        )
+    remedy = "lower cluster.*.actors or cluster.*.cpus"
+    if any(row.role.startswith("scorer ") for row in rows):
+        remedy += ", or the resources of rewards.terms"
+    for kind, offered in (("CPU", cpus), ("GPU", gpus)):
+        asked = [(row, row.cpus if kind == "CPU" else row.gpus) for row in rows]
+        need = sum(amount for _, amount in asked)
+        if offered is not None and need > offered + 1e-9:
+            each = ", ".join(f"{r.role} {r.actors} × {amount / r.actors:g} {kind}" for r, amount in asked if amount)
+            raise PlacementError(
+                f"the configured actors need {need:g} {kind}s ({each}) but the cluster offers {offered:g}; "
+                f"{remedy}, or add machines"
+            )
 
 
 @contextlib.contextmanager
-def connected(config: ClusterConfig) -> Iterator[None]:
+def connected(config: ClusterConfig, scorers: Sequence[PlacementRow] = ()) -> Iterator[None]:
     """Ray for the length of a run: an existing cluster, or one of this run's own.
+
+    Args:
+        config: where it is, and the actors of each role.
+        scorers: what isolated reward terms reserve beside them.
 
     Raises:
         ClusterError: no cluster answers at the address.
         PlacementError: the cluster is too small for the configured actors.
     """
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    rows = [*placement(config), *scorers]
     _reach(address)
     if address == "local":
-        check_placement(config, config.cpus or os.cpu_count() or 1)
+        check_placement(rows, config.cpus or os.cpu_count() or 1)
     options: dict = {}
     if address == "local":
         options = {
@@ -109,7 +126,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             raise ClusterError(_unreachable(address, error)) from None
         try:
             resources = ray.cluster_resources()
-            check_placement(config, resources.get("CPU", 0))
+            check_placement(rows, resources.get("CPU", 0), resources.get("GPU", 0))
             yield
         finally:
             ray.shutdown()

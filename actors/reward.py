@@ -1,9 +1,11 @@
 """Reward actors: they pull decoded groups as soon as they exist and return small arrays. They also draw pictures,
 so that pixels never pass through the driver."""
 
+import asyncio
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,17 @@ import torch
 from PIL import Image
 
 from actors.cluster import ClusterConfig
-from actors.waiting import wait_all
+from actors.isolation import ScorerPool, isolated_terms
+from actors.rollout import Group
+from actors.waiting import wait_all, wait_futures
 from common.commit import storage_errors
 from data.rgba import draw_grid, encode_png
 from data.tasks import get_task
 from policy.group import GroupPixels
 from policy.rollout_files import write_rollouts
+from rewards.base import Scores, build
 from rewards.combine import RewardConfig, active_terms
-from rewards.groups import GroupScores, build_scorers, score_group
+from rewards.groups import GroupScores, join_scores, score_terms
 from rewards.metrics import sample_metrics
 
 
@@ -34,36 +39,40 @@ class Measured:
     """Why scores are missing."""
 
 
+@dataclass(frozen=True)
+class MeasuredHere:
+    """One evaluated record as a reward actor knows it: isolated terms are still missing."""
+
+    name: str
+    scores: list[Scores]
+    metrics: dict[str, float]
+
+
 class RewardActor:
-    """Scores groups; made into a Ray actor by :class:`RewardPool`."""
+    """Scores groups by the terms that share its process; made into a Ray actor by :class:`RewardPool`."""
 
     def __init__(self, config: RewardConfig, threads: int) -> None:
         torch.set_num_threads(threads)
         self._config = config
-        self._scorers = build_scorers(config)
+        self._scorers = {t.name: build(t.source, t.params) for t in config.terms if not t.own_process}
 
-    def score(self, pixels: GroupPixels) -> GroupScores:
+    def score(self, pixels: GroupPixels) -> list[Scores]:
         """Scores every member of a group by the terms active for its task."""
-        return score_group(self._config, self._scorers, pixels)
+        return score_terms(self._config, self._scorers, pixels)
 
     def store(self, path: Path, step: int, names: Sequence[str], *groups: GroupPixels) -> None:
         """Writes groups to a file of stored rollouts."""
         with storage_errors(path):
             write_rollouts(path, step, names, groups)
 
-    def measure(self, groups: Sequence[GroupPixels]) -> list[Measured]:
+    def measure(self, groups: Sequence[GroupPixels]) -> list[MeasuredHere]:
         """Scores and measures groups of one (evaluation)."""
         measured = []
         for pixels in groups:
-            terms: dict[str, float] = {}
-            reasons: tuple[str, ...] = ()
-            if active_terms(self._config, pixels.task):
-                result = self.score(pixels)
-                terms = {name: float(value) for name, value in zip(result.terms, result.scores_TG[:, 0], strict=True)}
-                reasons = result.reasons
+            scores = self.score(pixels) if active_terms(self._config, pixels.task) else []
             roles = get_task(pixels.task).targets
             layers, targets = torch.tensor(pixels.layers_GLCHW[0]), torch.tensor(pixels.targets_LCHW)
-            measured.append(Measured(terms, sample_metrics(roles, layers, targets), reasons))
+            measured.append(MeasuredHere(pixels.name, scores, sample_metrics(roles, layers, targets)))
         return measured
 
     def draw_group(self, path: Path, pixels: GroupPixels, members: int = 6) -> None:
@@ -140,28 +149,92 @@ def _reduced(image_4HW: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.where(small[3:] > 0, small[:3] / small[3:].clamp(min=1e-6), 0.0), small[3:]])
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What is being scored: by a reward actor, and by isolated terms at the same time."""
+
+    name: str
+    shared: Any
+    """Reference to what the reward actor finds."""
+    own: Future[Any] | None
+    """What the isolated terms find; None where there are none."""
+
+
 class RewardPool:
-    """All reward actors."""
+    """All reward actors, and the processes of isolated terms."""
 
     def __init__(self, config: ClusterConfig, rewards: RewardConfig) -> None:
-        role = config.reward
-        self._deadline = config.deadline_s
+        """
+        Raises:
+            OmniAlphaError: an actor does not start, or a scorer cannot be built.
+        """
+        role, isolated = config.reward, isolated_terms(rewards)
+        self._config, self._deadline = rewards, config.deadline_s
         actor = ray.remote(num_cpus=role.cpus)(RewardActor)
         self.actors = [actor.remote(rewards, role.threads) for _ in range(role.actors)]
+        self._scorers = ScorerPool(isolated, self._deadline) if isolated else None
         wait_all([a.__ray_ready__.remote() for a in self.actors], "reward actors to start", self._deadline)
         self._next = 0
 
-    def score(self, pixels: Any) -> Any:
+    def close(self) -> None:
+        """Ends the processes of isolated terms."""
+        if self._scorers:
+            self._scorers.close()
+
+    def score(self, group: Group) -> Scoring:
         """Submits a group by reference; it is scored as soon as it exists."""
-        return self._pick().score.remote(pixels)
+        scorers = self._scorers
+        own = scorers.run(self._score_isolated(scorers, group)) if scorers else None
+        return Scoring(group.request.name, self._pick().score.remote(group.pixels), own)
+
+    def scores(self, groups: Sequence[Scoring]) -> list[GroupScores]:
+        """Waits for the scores of groups.
+
+        Raises:
+            RewardError: a score is missing and the policy is ``fail``; an isolated term lost process after process.
+            ClusterError: an actor failed, or took too long.
+        """
+        return [
+            join_scores(self._config, [*shared, *own], f"group {group.name}")
+            for group, shared, own in zip(groups, *self._wait(groups, "reward actors: scores"), strict=True)
+        ]
+
+    def measure(self, task: str, count: Any, pixels: Any) -> Scoring:
+        """Submits evaluation groups of one task by reference."""
+        scorers = self._scorers
+        own = scorers.run(self._measure_isolated(scorers, task, count, pixels)) if scorers else None
+        return Scoring(task, self._pick().measure.remote(pixels), own)
+
+    def measured(self, chunks: Sequence[Scoring], what: str) -> list[Measured]:
+        """Waits for evaluated records; raises as :meth:`scores`."""
+        measured = []
+        for shared, own in zip(*self._wait(chunks, what), strict=True):
+            for number, here in enumerate(shared):
+                scores = [*here.scores, *(own[number] if own else ())]
+                joined = join_scores(self._config, scores, f"record {here.name}") if scores else None
+                terms = dict(zip(joined.terms, joined.scores_TG[:, 0].tolist(), strict=True)) if joined else {}
+                measured.append(Measured(terms, here.metrics, joined.reasons if joined else ()))
+        return measured
+
+    def _wait(self, scorings: Sequence[Scoring], what: str) -> tuple[list[Any], list[Any]]:
+        shared = wait_all([scoring.shared for scoring in scorings], what, self._deadline)
+        own = [scoring.own for scoring in scorings if scoring.own]
+        return shared, wait_futures(own, f"{what} of isolated terms") if own else [[] for _ in scorings]
+
+    async def _score_isolated(self, scorers: ScorerPool, group: Group) -> list[Scores]:
+        meta = await group.meta  # small, and there as soon as the pixels are
+        return await scorers.score(self._active(meta.task), group.pixels, group.request.members, meta.name)
+
+    async def _measure_isolated(self, scorers: ScorerPool, task: str, count: Any, pixels: Any) -> list[list[Scores]]:
+        active, records = self._active(task), range(await count)
+        return await asyncio.gather(*(scorers.score(active, pixels, 1, f"{task} {k}", k) for k in records))
+
+    def _active(self, task: str) -> list[str]:
+        return [self._config.terms[k].name for k in active_terms(self._config, task)]
 
     def store(self, path: Path, step: int, names: Sequence[str], pixels: Sequence[Any]) -> Any:
         """Stores groups by reference."""
         return self._pick().store.remote(path, step, names, *pixels)
-
-    def measure(self, pixels: Any) -> Any:
-        """Submits evaluation groups by reference."""
-        return self._pick().measure.remote(pixels)
 
     def draw_group(self, path: Path, pixels: Any) -> Any:
         """Draws a group into a PNG."""

@@ -3,7 +3,8 @@
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -13,6 +14,8 @@ from common.errors import ActorError, DeadlineError, OmniAlphaError
 log = logging.getLogger("omnialpha")
 
 REPORT_EVERY_S = 30.0
+
+Value = TypeVar("Value")
 
 
 def wait_all(refs: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
@@ -47,22 +50,41 @@ def wait_all(refs: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
 def _get(ref: Any, what: str) -> Any:
     try:
         return ray.get(ref)
-    except RayTaskError as error:
+    except RayError as error:
+        raise expected(error, what) from None
+
+
+def expected(error: RayError, what: str) -> OmniAlphaError:
+    """What a failed call means to a person: an actor's own expected error, or one message about the actor."""
+    if isinstance(error, RayTaskError):
         cause = error.cause
         log.debug("%s failed:\n%s", what, error)
         if isinstance(cause, OmniAlphaError):
-            raise cause from None
-        raise ActorError(
-            f"{what}: {type(cause).__name__}: {cause}; the actor's traceback is in the run's log"
-        ) from None
-    except RayActorError as error:
+            return cause
+        return ActorError(f"{what}: {type(cause).__name__}: {cause}; the actor's traceback is in the run's log")
+    if isinstance(error, RayActorError):
         log.debug("%s: %s", what, error)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if getattr(error, "actor_init_failed", False):  # the last line of the constructor's traceback is its message
-            raise ActorError(f"{what}: {lines[-1].partition(': ')[2] or lines[-1]}") from None
+            return ActorError(f"{what}: {lines[-1].partition(': ')[2] or lines[-1]}")
         reason = lines[0]
-        raise ActorError(
-            f"{what}: an actor died ({reason}); run the same command again to go on from the last commit"
-        ) from None
-    except RayError as error:
-        raise ActorError(f"{what}: {str(error).strip().splitlines()[0]}") from None
+        return ActorError(f"{what}: an actor died ({reason}); run the same command again to go on from the last commit")
+    return ActorError(f"{what}: {str(error).strip().splitlines()[0]}")
+
+
+def wait_futures(futures: Sequence[Future[Value]], what: str) -> list[Value]:
+    """Results of all ``futures``, in order; each of them keeps deadlines of its own.
+
+    Raises:
+        OmniAlphaError: the first failure.
+    """
+    start = reported = time.monotonic()
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=5.0, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+        if (now := time.monotonic()) - reported >= REPORT_EVERY_S:
+            reported, there = now, len(futures) - len(pending)
+            log.info("waiting for %s: %d of %d after %.0f s", what, there, len(futures), now - start)
+    return [future.result() for future in futures]

@@ -29,7 +29,7 @@ from policy.programs import SftConfig, VaeLossConfig
 from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
-from rewards.combine import RewardConfig, active_terms
+from rewards.combine import RewardConfig, TermConfig, active_terms
 
 
 class TrainingConfig(StrictConfig):
@@ -312,7 +312,13 @@ class RunConfig(StrictConfig):
         outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
         cadence = {"commit_every", "pictures_every", "keep_rollouts"}
         exclude: dict[str, Any] = {"data": {"workers"}, "rgb": cadence, "vae": cadence, "sft": cadence, "grpo": cadence}
-        return self.model_dump(mode="json", exclude=exclude | dict.fromkeys(outside, True))
+        values = self.model_dump(mode="json", exclude=exclude | dict.fromkeys(outside, True))
+        for term in values["rewards"]["terms"]:
+            for key in ("isolated", "deadline_s", "resources"):  # where and how long, not what
+                del term[key]
+            if term["runtime_env"] is None:  # so that folders of runs from before it existed stay theirs
+                del term["runtime_env"]
+        return values
 
     def identity_hash(self) -> str:
         """Short hash of :meth:`identity`, recorded in every commit."""
@@ -343,12 +349,6 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _anchored(config: RunConfig) -> RunConfig:
     """Makes every path absolute now: actors and later code run in other working directories."""
-    terms = tuple(
-        term.model_copy(update={"scorer": str(Path(file).resolve()) + ":" + attribute})
-        if (file := term.source.rpartition(":")[0]).endswith(".py") and (attribute := term.source.rpartition(":")[2])
-        else term
-        for term in config.rewards.terms
-    )
     return config.model_copy(
         update={
             "run_dir": config.folder.resolve(),
@@ -356,9 +356,31 @@ def _anchored(config: RunConfig) -> RunConfig:
             "vae": config.vae.model_copy(update={"start": _policy(config.vae.start)}),
             "sft": config.sft.model_copy(update={"start": _policy(config.sft.start)}),
             "grpo": config.grpo.model_copy(update={"start": _policy(config.grpo.start)}),
-            "rewards": config.rewards.model_copy(update={"terms": terms}),
+            "rewards": config.rewards.model_copy(update={"terms": tuple(map(_anchored_term, config.rewards.terms))}),
         }
     )
+
+
+def _anchored_term(term: TermConfig) -> TermConfig:
+    update: dict[str, Any] = {}
+    file, _, attribute = term.source.rpartition(":")
+    env = term.runtime_env
+    # With a working_dir of its own a relative file is one in there, on whichever node.
+    if file.endswith(".py") and attribute and not (env and env.working_dir):
+        update["scorer"] = f"{Path(file).resolve()}:{attribute}"
+    if env:
+        paths = {
+            "working_dir": _absolute_unless_uri(env.working_dir),
+            "py_modules": env.py_modules and tuple(str(_absolute_unless_uri(path)) for path in env.py_modules),
+        }
+        files = {name: value for name in ("pip", "uv", "conda") if isinstance(value := getattr(env, name), str)}
+        paths |= {name: str(Path(value).resolve()) for name, value in files.items() if Path(value).is_file()}
+        update["runtime_env"] = env.model_copy(update=paths)
+    return term.model_copy(update=update)
+
+
+def _absolute_unless_uri(path: str | None) -> str | None:
+    return path if path is None or "://" in path else str(Path(path).resolve())
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -42,9 +42,8 @@ def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
     for name in POLICIES:
         rollouts.load_folder(folders[name])
         results = rollouts.generate(stage.split, [chunk for _, chunk in chunks], stage.schedule)
-        scores = [rewards.measure(groups) for _, groups in results]
-        parts = wait_all(scores, f"evaluation of {name}", config.cluster.deadline_s)
-        measured[name] = [entry for part in parts for entry in part]
+        scores = [rewards.measure(task, *result) for (task, _), result in zip(chunks, results, strict=True)]
+        measured[name] = rewards.measured(scores, f"evaluation of {name}")
         pixels[name] = [groups for _, groups in results]
         log.info("eval %s: %d records", name, len(measured[name]))
         if reasons := Counter(reason for entry in measured[name] for reason in entry.reasons):

@@ -141,11 +141,11 @@ def collect(groups: Sequence[Group], rewards: RewardPool, version: int, deadline
     Raises:
         ActorError: a group was sampled by another policy version than the one just published.
     """
-    scores = [rewards.score(group.pixels) for group in groups]
+    scores = [rewards.score(group) for group in groups]
     metas = wait_all([group.meta for group in groups], "rollout actors: groups", deadline_s)
     if stale := [meta.name for meta in metas if meta.version != version]:
         raise ActorError(f"groups {stale} were not sampled by policy version {version}; weights did not arrive")
-    return list(zip(groups, metas, wait_all(scores, "reward actors: scores", deadline_s), strict=True))
+    return list(zip(groups, metas, rewards.scores(scores), strict=True))
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ several say about stored rollouts."""
 import argparse
 import inspect
 import keyword
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, OmniAlphaError, RewardError, StorageError
+from pipeline.child import Beat, in_child
 
 SCORER = '''\
 """Reward {name}: say here what it prefers."""
@@ -71,12 +72,14 @@ def register(commands: Any) -> None:
     check.add_argument("params", nargs="*", metavar="key=value", help="params of the scorer, as in the config")
     check.add_argument("--task", action="append", metavar="TASK", help="only this task; may be repeated")
     check.add_argument("--size", type=int, default=64, help="height of the example images in pixels (%(default)s)")
+    check.add_argument("--deadline", type=_seconds, default=300.0, help="seconds for all of it (%(default)s)")
     check.set_defaults(handler=_check)
     score = reward.add_parser("score", help="score stored rollouts with any rewards and compare them")
     score.add_argument("rollouts", type=Path, help="a run's grpo/rollouts folder, or one of its files")
     score.add_argument("targets", nargs="*", metavar="TARGET", help="scorers; default: the rewards of --config")
     score.add_argument("--config", default="demo", help="whose rewards to take where no TARGET is given (%(default)s)")
     score.add_argument("--out", type=Path, metavar="FOLDER", help="writes scores.json and best-and-worst PNGs there")
+    score.add_argument("--deadline", type=_seconds, default=60.0, help="seconds for each group (%(default)s)")
     score.set_defaults(handler=_score)
 
 
@@ -123,21 +126,23 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    params = _params(options.params)
-    from rewards.contract import check_scorer
-
-    findings = check_scorer(options.target, params, options.task, options.size)
+    arguments = (options.target, _params(options.params), options.task, options.size)
+    findings = in_child(options.target, options.deadline, _check_here, *arguments)
     print(_table([(finding.status, finding.what, finding.detail) for finding in findings]))
     if failed := [finding.what for finding in findings if finding.status == "failed"]:
         raise RewardError(f"{options.target} breaks the contract: {', '.join(failed)}; mend what the table says")
 
 
+def _check_here(_: Beat, *arguments: Any) -> Any:
+    from rewards.contract import check_scorer
+
+    return check_scorer(*arguments)
+
+
 def _score(options: argparse.Namespace) -> None:
     from pipeline.config import load_config
     from pipeline.rescore import render, write
-    from policy.rollout_files import read_rollouts
     from rewards.combine import RewardConfig, TermConfig
-    from rewards.groups import rescore
 
     if options.targets:
         names = [target.rpartition(":")[2] for target in options.targets]
@@ -145,11 +150,31 @@ def _score(options: argparse.Namespace) -> None:
         config = RewardConfig(terms=tuple(terms))
     else:
         config = load_config(options.config).rewards
-    result = rescore(config, (group.pixels for group in read_rollouts(options.rollouts)))
+    what = ", ".join(term.name for term in config.terms)
+    result = in_child(what, options.deadline, _score_here, config, options.rollouts)
     print("\n\n".join(_table(rows) for rows in render(result)))
     if options.out:
         for path in write(result, options.rollouts, options.out):
             print(f"wrote {path}")
+
+
+def _score_here(beat: Beat, config: Any, rollouts: Path) -> Any:
+    from policy.rollout_files import read_rollouts
+    from rewards.groups import rescore
+
+    def pixels() -> Iterator[Any]:
+        for group in read_rollouts(rollouts):
+            beat()
+            yield group.pixels
+
+    return rescore(config, pixels())
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return seconds
 
 
 def _params(items: Sequence[str]) -> dict[str, Any]:

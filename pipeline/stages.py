@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from actors.cluster import connected
+from actors.isolation import ScorerPool, isolated_terms, scorer_placement
 from actors.learner import LearnerGroup
+from actors.packages import check_runtime_env
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
 from common.errors import CheckpointError, ConfigError, StorageError
@@ -21,7 +23,7 @@ from pipeline.report_data import environment
 from pipeline.run import Run
 from pipeline.train import run_rgb, run_sft, run_vae, starting_point
 from policy.folder import load_vae, policy_digest
-from rewards.base import build
+from rewards.base import build, check_source
 
 log = logging.getLogger("omnialpha")
 
@@ -92,7 +94,13 @@ def _prepare(run: Run, todo: Sequence[str]) -> None:
     for doubt in config.grpo.doubts() if "grpo" in todo else ():
         log.warning("%s", doubt)
     for term in config.rewards.terms:
-        build(term.source, term.params)
+        if not term.own_process:
+            build(term.source, term.params)
+            continue
+        # Not built here: its code runs in its own processes only. What a runtime_env brings is known only there.
+        check_runtime_env(term)
+        if term.runtime_env is None:
+            check_source(term.source)
     ensure_dataset(config)
     run.claim("dataset", config.dataset_folder, content_digest(config.dataset_folder))
 
@@ -115,6 +123,17 @@ class Actors:
     def rollouts(self) -> RolloutPool:
         return RolloutPool(self._config.cluster, rollout_setup(self._run))
 
+    def try_scorers(self) -> None:
+        """Starts the isolated terms' processes and ends them again: what is wrong with one must not be found out hours
+        later, after the training before it."""
+        if terms := isolated_terms(self._config.rewards):
+            ScorerPool(terms, self._config.cluster.deadline_s).close()
+
+    def close(self) -> None:
+        """Ends what outlives its last reference."""
+        if "rewards" in self.__dict__:  # otherwise nothing has started them
+            self.rewards.close()
+
 
 def rollout_setup(run: Run) -> RolloutSetup:
     """What the run's rollout actors are made from."""
@@ -132,8 +151,13 @@ def rollout_setup(run: Run) -> RolloutSetup:
 
 def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
     # Ray installs signal handlers of its own when it connects: ours go on top.
-    with connected(run.config.cluster), run.signals():
-        actors = Actors(run)
+    with (
+        connected(run.config.cluster, scorer_placement(run.config.rewards)),
+        run.signals(),
+        contextlib.closing(Actors(run)) as actors,
+    ):
+        if todo[0] in ("vae", "sft") and {"grpo", "evaluate"} & set(todo):
+            actors.try_scorers()
         for stage in todo:
             run.stop_here(stage)
             began = time.monotonic()

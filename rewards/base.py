@@ -17,6 +17,7 @@ import inspect
 import math
 import operator
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ class Scores:
     """float64; NaN where the score is missing."""
     reasons: tuple[str | None, ...]
     """Why a member's score is missing; None where it is present."""
+    seconds: float = 0.0
+    """Time that the scorer took."""
 
 
 def scorer_needs(scorer: Scorer) -> frozenset[str]:
@@ -143,21 +146,29 @@ def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:
     """
     present = {"targets": batch.targets_LCHW is not None, "inputs": bool(batch.inputs), "prompt": bool(batch.prompt)}
     if unmet := sorted(need for need in scorer_needs(scorer) if not present[need]):
-        return _all_missing(name, batch, f"needs {', '.join(unmet)}, which task {batch.task!r} did not provide")
+        reason = f"needs {', '.join(unmet)}, which task {batch.task!r} did not provide"
+        return missing_scores(name, batch.members, reason)
+    began = time.perf_counter()
     try:
         with torch.no_grad():
             returned = _entry(scorer)(batch)
     except Exception as error:  # a plug-in may raise anything, and none of it may cost the group its other terms
-        return _all_missing(name, batch, _describe(error))
+        return missing_scores(name, batch.members, _describe(error), time.perf_counter() - began)
+    seconds = time.perf_counter() - began
     values = _entries(returned)
     if values is None:
-        return _all_missing(
-            name, batch, f"returned {_shape_of(returned)}, expected a flat sequence of {batch.members} numbers"
-        )
+        reason = f"returned {_shape_of(returned)}, expected a flat sequence of {batch.members} numbers"
+        return missing_scores(name, batch.members, reason, seconds)
     if len(values) != batch.members:
-        return _all_missing(name, batch, f"returned {len(values)} values for {batch.members} members")
+        reason = f"returned {len(values)} values for {batch.members} members"
+        return missing_scores(name, batch.members, reason, seconds)
     checked = [_check(value) for value in values]
-    return Scores(name, np.array([value for value, _ in checked]), tuple(reason for _, reason in checked))
+    return Scores(name, np.array([value for value, _ in checked]), tuple(reason for _, reason in checked), seconds)
+
+
+def missing_scores(name: str, members: int, reason: str, seconds: float = 0.0) -> Scores:
+    """A group that a scorer has no score for."""
+    return Scores(name, np.full(members, np.nan), (reason,) * members, seconds)
 
 
 def register(name: str) -> Callable[[Factory], Factory]:
@@ -233,17 +244,47 @@ def find(name: str) -> Any:
     Raises:
         ConfigError: nothing of that name, or code that cannot be imported.
     """
-    source, separator, attribute = name.rpartition(":")
-    if not separator:
+    source, attribute = _split(name)
+    if not attribute:
         return _find_name(name)
-    if not source or not attribute:
-        raise ConfigError(f"reward {name!r} is not of the form module:attribute or path/to/file.py:attribute")
     module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
     try:
         return operator.attrgetter(attribute)(module)
     except AttributeError:
         public = ", ".join(key for key in vars(module) if not key.startswith("_")) or "nothing"
         raise ConfigError(f"reward {name!r}: {source} has no {attribute!r}; it defines: {public}") from None
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a scorer is one of this project's, so that its code is known to behave. Runs nobody else's code."""
+    module, separator, _ = name.rpartition(":")
+    if separator:
+        return module in _SHIPPED
+    unavailable()
+    return name in _registry
+
+
+def check_source(name: str) -> None:
+    """What can be said of a scorer's source without running its code: its name is known, or its file is there.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    source, attribute = _split(name)
+    if not attribute and name not in registered():
+        raise _unknown(name)
+    if attribute and source.endswith(".py"):
+        _read(Path(source))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(module or file, attribute); of a plain name the attribute is empty."""
+    source, separator, attribute = name.rpartition(":")
+    if not separator:
+        return name, ""
+    if not source or not attribute:
+        raise ConfigError(f"reward {name!r} is not of the form module:attribute or path/to/file.py:attribute")
+    return source, attribute
 
 
 def _entry(scorer: Scorer) -> Any:
@@ -256,10 +297,6 @@ def _describe(error: Exception) -> str:
     place = f" at {Path(frames[1].filename).name}:{frames[1].lineno}" if len(frames) > 1 else ""
     text = str(error).strip() or "no message"
     return f"{type(error).__name__}{place}: {text}"
-
-
-def _all_missing(name: str, batch: RewardBatch, reason: str) -> Scores:
-    return Scores(name, np.full(batch.members, np.nan), (reason,) * batch.members)
 
 
 def _entries(returned: Any) -> Sequence[Any] | None:
@@ -299,7 +336,7 @@ def _check_params(name: str, thing: Callable[..., Any], leading: tuple[Any, ...]
 
 
 def _find_name(name: str) -> Any:
-    missing = unavailable()
+    unavailable()
     if name in _registry:
         return _registry[name]
     # A package that is found twice, as an editable one may be, is no second one.
@@ -310,11 +347,15 @@ def _find_name(name: str) -> Any:
                 "uninstall one, or name the code you mean in 'scorer'"
             )
         return _load(next(iter(points.values())))
-    known = registered()
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> ConfigError:
+    missing, known = unavailable(), registered()
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     absent = "".join(f"; not available here: {module} ({reason})" for module, reason in missing.items())
-    raise ConfigError(
+    return ConfigError(
         f"no reward named {name!r}; {hint}registered: {', '.join(known)}{absent}; "
         "your own: module:attribute or path/to/file.py:attribute"
     )
@@ -345,13 +386,17 @@ def _import_module(source: str) -> Any:
         ) from error
 
 
-def _import_file(path: Path) -> Any:
+def _read(path: Path) -> bytes:
     try:
-        code = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"reward file {path.absolute()} cannot be read ({error.strerror}); give its path on this machine"
         ) from None
+
+
+def _import_file(path: Path) -> Any:
+    code = _read(path)
     # A private name keeps a user's data.py or rewards.py from shadowing ours. The content is part of it, so that an
     # edited file is loaded anew, and two attributes of one file share one module.
     digest = hashlib.sha256(str(path.resolve()).encode() + code).hexdigest()[:16]

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.config import StrictConfig
 from common.errors import ConfigError, RewardError
 from data.tasks import TASKS, get_task
-from rewards.base import Scores
+from rewards.base import Scores, is_shipped
+from rewards.isolation import DEADLINE_S, ResourcesConfig, RuntimeEnvConfig
 
 Array = np.ndarray
 
@@ -35,6 +36,16 @@ class TermConfig(StrictConfig):
     """Keyword arguments of the scorer."""
     tasks: tuple[str, ...] | None = None
     """Tasks it judges; null leaves it to the task table for the paper's terms, else takes every task with rewards."""
+    isolated: bool | None = None
+    """Whether it runs in a process of its own, which may crash or hang without harm to the run. null: a user's own
+    code does, and any term that has one of the next three settings; the shipped scorers share the reward actors'."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds for one group, counted from when its process begins on it; null is 60. Then the process is killed and
+    replaced, and the term has no score for the group."""
+    resources: ResourcesConfig | None = None
+    """Number of its processes and what each reserves."""
+    runtime_env: RuntimeEnvConfig | None = None
+    """Ray's ``runtime_env`` of its processes."""
 
     @field_validator("tasks")
     @classmethod
@@ -45,6 +56,33 @@ class TermConfig(StrictConfig):
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return tasks
+
+    @model_validator(mode="after")
+    def _shares_or_not(self) -> "TermConfig":
+        wants = [name for name in ("deadline_s", "resources", "runtime_env") if getattr(self, name) is not None]
+        if self.isolated is False and wants:
+            raise ValueError(
+                f"isolated: false puts term {self.name!r} into the reward actors' process, which has no "
+                f"{' or '.join(wants)} for a single term; leave isolated out, or remove {', '.join(wants)}"
+            )
+        return self
+
+    @property
+    def own_process(self) -> bool:
+        """Whether it runs in a process of its own."""
+        if self.isolated is not None:
+            return self.isolated
+        return any((self.deadline_s, self.resources, self.runtime_env)) or not is_shipped(self.source)
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that a process of its own has for one group."""
+        return self.deadline_s or DEADLINE_S
+
+    @property
+    def reserved(self) -> ResourcesConfig:
+        """What processes of its own reserve."""
+        return self.resources or ResourcesConfig()
 
     @property
     def source(self) -> str:

@@ -1,8 +1,7 @@
 """Scoring decoded groups with configured terms, and judging the rewards themselves on stored ones."""
 
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy import stats
 from common.errors import ConfigError
 from data.tasks import get_task
 from policy.group import GroupPixels
-from rewards.base import RewardBatch, Scorer, build, run_scorer
+from rewards.base import RewardBatch, Scorer, Scores, build, run_scorer
 from rewards.combine import RewardConfig, active_terms, stack_scores
 from rewards.metrics import HIGHER_IS_BETTER, sample_metrics
 
@@ -32,12 +31,23 @@ class GroupScores:
 
 
 def build_scorers(config: RewardConfig) -> dict[str, Scorer]:
-    """Every configured scorer by its term's name.
+    """Every configured scorer by its term's name, in this process and its environment.
 
     Raises:
         ConfigError, RewardError: a scorer cannot be made.
     """
-    return {term.name: build(term.source, term.params) for term in config.terms}
+    scorers = {}
+    for term in config.terms:
+        try:
+            scorers[term.name] = build(term.source, term.params)
+        except ConfigError as error:
+            if term.runtime_env is None:
+                raise
+            raise ConfigError(
+                f"{error}; the runtime_env of term {term.name!r} is for its processes in a run and not for this one: "
+                "put the code on PYTHONPATH or install it here"
+            ) from error
+    return scorers
 
 
 def reward_batch(pixels: GroupPixels) -> RewardBatch:
@@ -62,17 +72,34 @@ def score_group(config: RewardConfig, scorers: Mapping[str, Scorer], pixels: Gro
         ConfigError: no term judges the task.
         RewardError: a score is missing and the policy is ``fail``.
     """
-    names = [config.terms[k].name for k in active_terms(config, pixels.task)]
-    if not names:
+    return join_scores(config, score_terms(config, scorers, pixels), f"group {pixels.name}")
+
+
+def score_terms(config: RewardConfig, scorers: Mapping[str, Scorer], pixels: GroupPixels) -> list[Scores]:
+    """Runs those of ``scorers`` that are active for the group's task.
+
+    Raises:
+        ConfigError: no term judges the task.
+    """
+    active = [config.terms[k].name for k in active_terms(config, pixels.task)]
+    if not active:
         raise ConfigError(f"task {pixels.task!r} has no active reward term; give it weight 0 in grpo.tasks")
-    batch, scores, seconds = reward_batch(pixels), [], []
-    for name in names:
-        began = time.perf_counter()
-        scores.append(run_scorer(name, scorers[name], batch))
-        seconds.append(time.perf_counter() - began)
-    stacked = stack_scores(scores, config.missing, f"group {pixels.name}")
-    reasons = tuple(f"{s.name}: {reason}" for s in scores for reason in s.reasons if reason is not None)
-    return GroupScores(tuple(names), stacked, reasons, tuple(seconds))
+    here = [name for name in active if name in scorers]
+    batch = reward_batch(pixels) if here else None
+    return [run_scorer(name, scorers[name], batch) for name in here if batch]
+
+
+def join_scores(config: RewardConfig, scores: Sequence[Scores], where: str) -> GroupScores:
+    """One group's scores, in the order of the configured terms, wherever each was made.
+
+    Raises:
+        RewardError: a score is missing and the policy is ``fail``; names the term and ``where``.
+    """
+    place = {term.name: k for k, term in enumerate(config.terms)}
+    ordered = sorted(scores, key=lambda entry: place[entry.name])
+    reasons = tuple(f"{s.name}: {reason}" for s in ordered for reason in s.reasons if reason is not None)
+    names, seconds = tuple(s.name for s in ordered), tuple(s.seconds for s in ordered)
+    return GroupScores(names, stack_scores(ordered, config.missing, where), reasons, seconds)
 
 
 @dataclass

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from actors.reward import RewardActor
 from actors.rollout import Group
-from common.errors import ConfigError
+from common.errors import ConfigError, RewardError
 from pipeline.grpo import select
 from policy.group import GroupMeta, GroupPixels, GroupRequest
+from rewards.base import Scores, missing_scores
 from rewards.combine import RewardConfig, TermConfig, active_terms
-from rewards.groups import GroupScores
+from rewards.groups import GroupScores, build_scorers, join_scores, score_group
 
 CONFIG = RewardConfig(terms=(TermConfig(name="layer"), TermConfig(name="boundary"), TermConfig(name="composition")))
 
@@ -162,7 +162,7 @@ def test_a_scorer_from_a_users_file_judges_the_group_beside_the_shipped_ones(tmp
     path = tmp_path / "my_reward.py"
     path.write_text("def mean_alpha(batch):\n    return batch.layers_GLCHW[:, 0, 3].mean(dim=(1, 2))\n")
     config = RewardConfig(terms=(TermConfig(name="layer"), TermConfig(name="mine", scorer=f"{path}:mean_alpha")))
-    result = RewardActor(config, threads=1).score(pixels)
+    result = score_group(config, build_scorers(config), pixels)
     assert result.terms == ("layer", "mine")
     np.testing.assert_allclose(result.scores_TG[1], pixels.layers_GLCHW[:, 0, 3].mean(axis=(1, 2)), rtol=1e-6)
     assert result.scores_TG[0, 0] == pytest.approx(1.0)  # member 0 is the truth
@@ -172,7 +172,7 @@ def test_a_scorer_that_raises_costs_its_own_scores_only(tmp_path, pixels):
     path = tmp_path / "broken.py"
     path.write_text("def broken(batch):\n    raise ValueError('no GPU today')\n")
     config = RewardConfig(terms=(TermConfig(name="layer"), TermConfig(name="broken", scorer=f"{path}:broken")))
-    result = RewardActor(config, threads=1).score(pixels)
+    result = score_group(config, build_scorers(config), pixels)
     assert np.isnan(result.scores_TG[1]).all()
     assert np.isfinite(result.scores_TG[0]).all()
     assert len(result.reasons) == 4
@@ -182,4 +182,21 @@ def test_a_scorer_that_raises_costs_its_own_scores_only(tmp_path, pixels):
 def test_a_task_without_rewards_is_refused_by_name(pixels):
     config = RewardConfig(terms=(TermConfig(name="composition"),))
     with pytest.raises(ConfigError, match="automatic_matting"):
-        RewardActor(config, threads=1).score(pixels)
+        score_group(config, build_scorers(config), pixels)
+
+
+def test_scores_from_several_processes_are_joined_in_the_order_of_the_terms():
+    late = Scores("boundary", np.array([0.1, 0.2]), (None, None), seconds=2.0)
+    joined = join_scores(CONFIG, [missing_scores("composition", 2, "gone", 3.0), late], "group 1.0")
+    assert joined.terms == ("boundary", "composition")
+    np.testing.assert_array_equal(joined.scores_TG, [[0.1, 0.2], [np.nan, np.nan]])
+    assert joined.reasons == ("composition: gone",) * 2
+    assert joined.seconds_T == (2.0, 3.0)
+
+
+def test_with_the_policy_fail_a_missing_score_names_the_group_and_the_reason():
+    strict = CONFIG.model_copy(update={"missing": "fail"})
+    with pytest.raises(
+        RewardError, match=r"^group 1\.0: reward 'layer' has no score for member 0: gone; mend the scorer"
+    ):
+        join_scores(strict, [missing_scores("layer", 2, "gone")], "group 1.0")

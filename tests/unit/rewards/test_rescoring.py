@@ -109,6 +109,12 @@ def test_the_command_prints_tables_and_writes_scores_and_sheets(stored, tmp_path
     assert (out / "best-and-worst-layer.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_scorer_that_ends_its_process_ends_the_command_with_one_message(stored, tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("import os\ndef bad(batch):\n    os._exit(3)\n")
+    assert main(["reward", "score", str(stored), f"{tmp_path}/bad.py:bad"]) == 1
+    assert capsys.readouterr().err.startswith("omnialpha: bad: ended its process (exit code 3); mend it")
+
+
 def test_the_command_says_when_the_rewards_judge_none_of_the_tasks(tmp_path, capsys):
     write_rollouts(tmp_path / "r.parquet", 1, ["1.0"], [group(0)])
     assert main(["reward", "score", str(tmp_path / "r.parquet"), "composition"]) == 1
