@@ -38,4 +38,6 @@ class TextEncoder:
     @torch.no_grad()
     def _encode(self, prompt: str) -> torch.Tensor:
         tokens = self._tokenizer(prompt, return_tensors="pt", truncation=True, max_length=MAX_TOKENS)
-        return self._model(**tokens).last_hidden_state[0].clone()
+        # Whatever precision the caller trains in: a prompt has the same states in training and in sampling.
+        with torch.autocast(self._model.device.type, enabled=False):
+            return self._model(**tokens).last_hidden_state[0].clone()

@@ -58,3 +58,10 @@ def test_encoding_is_repeatable_finite_and_without_gradient(text_encoder, prompt
 
 def test_different_prompts_differ(text_encoder):
     assert not torch.equal(text_encoder.encode("Cut out the cat."), text_encoder.encode("Cut out the dog."))
+
+
+def test_a_prompt_is_encoded_alike_whatever_precision_its_caller_trains_in(text_encoder):
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = text_encoder._encode(LONG)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, text_encoder._encode(LONG))
