@@ -39,7 +39,6 @@ class ScorerActor:
         import_ours_first(self._folders)
         import torch
 
-        import rewards.groups  # noqa: F401 - takes a while, which the first group's deadline must not pay for
         from common.errors import OmniAlphaError
         from rewards.base import build
 
@@ -51,8 +50,7 @@ class ScorerActor:
 
     def score(self, pixels: Any, place: int | None = None) -> "Scores":
         """Scores a group, or the group at ``place`` in a list of them."""
-        from rewards.base import run_scorer
-        from rewards.groups import reward_batch
+        from rewards.base import reward_batch, run_scorer
 
         return run_scorer(self._name, self._scorer, reward_batch(pixels if place is None else pixels[place]))
 

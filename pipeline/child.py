@@ -13,13 +13,16 @@ from common.errors import OmniAlphaError, RewardError
 Beat = Callable[[], None]
 """What the function calls to say that it has got on; its deadline then begins anew."""
 
+START_S = 120.0
+"""Longest time until the first beat: importing torch on a busy machine is nobody's fault."""
+
 
 def in_child(what: str, deadline_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(beat, *arguments)`` of a module, run in a child process; its result must be picklable.
 
     Args:
         what: names the scorers in messages.
-        deadline_s: longest time between two beats.
+        deadline_s: longest time between two beats, or from the last one to the result.
         function: first takes a :data:`Beat`.
         arguments: the others.
 
@@ -33,14 +36,16 @@ def in_child(what: str, deadline_s: float, function: Callable[..., Any], *argume
     child = context.Process(target=_run, args=(send, function, arguments))
     child.start()
     send.close()
+    limit = max(START_S, deadline_s)
     try:
-        while receive.poll(deadline_s):
+        while receive.poll(limit):
+            limit = deadline_s
             result, error = receive.recv() or (_BEAT, None)
             if error is not None:
                 raise error
             if result is not _BEAT:
                 return result
-        raise RewardError(f"{what}: no answer within {deadline_s:g} s; mend it, or raise --deadline if it is that slow")
+        raise RewardError(f"{what}: no answer within {limit:g} s; mend it, or raise --deadline if it is that slow")
     except EOFError:
         child.join()
         raise RewardError(

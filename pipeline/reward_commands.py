@@ -133,9 +133,10 @@ def _check(options: argparse.Namespace) -> None:
         raise RewardError(f"{options.target} breaks the contract: {', '.join(failed)}; mend what the table says")
 
 
-def _check_here(_: Beat, *arguments: Any) -> Any:
+def _check_here(beat: Beat, *arguments: Any) -> Any:
     from rewards.contract import check_scorer
 
+    beat()
     return check_scorer(*arguments)
 
 
@@ -161,6 +162,8 @@ def _score(options: argparse.Namespace) -> None:
 def _score_here(beat: Beat, config: Any, rollouts: Path) -> Any:
     from policy.rollout_files import read_rollouts
     from rewards.groups import rescore
+
+    beat()
 
     def pixels() -> Iterator[Any]:
         for group in read_rollouts(rollouts):

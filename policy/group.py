@@ -1,11 +1,17 @@
-"""A rolled-out group as it crosses processes: numpy arrays, which Ray shares without copying."""
+"""A rolled-out group as it crosses processes: numpy arrays, which Ray shares without copying.
+
+A scorer's process reads groups too, and should not load the model code for it, which takes several times as long as
+torch: that is imported where it is used.
+"""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from policy.sampling import Condition
+if TYPE_CHECKING:
+    from policy.sampling import Condition
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,10 @@ class GroupTrajectory:
     means_GWMCHW: np.ndarray | None = None
     """Means of the window's transitions as the sampler computed them."""
 
-    def condition(self) -> Condition:
+    def condition(self) -> "Condition":
         """The group's condition, expanded to its members."""
+        from policy.sampling import Condition
+
         single = Condition(torch.tensor(self.inputs_NCHW)[None], torch.tensor(self.text_TD)[None])
         return single.expand(len(self.clean_GMCHW))
 

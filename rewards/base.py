@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError, RewardError
+from data.tasks import get_task
+from policy.group import GroupPixels
 
 NEEDS = frozenset({"targets", "inputs", "prompt"})
 
@@ -100,6 +102,21 @@ class RewardBatch:
     def foregrounds(self) -> tuple[int, ...]:
         """Indices of the foreground layers."""
         return tuple(index for index, role in enumerate(self.roles) if role == "foreground")
+
+
+def reward_batch(pixels: GroupPixels) -> RewardBatch:
+    """A decoded group as scorers see it."""
+    task = get_task(pixels.task)
+    return RewardBatch(
+        task=pixels.task,
+        prompt=pixels.prompt,
+        roles=task.targets,
+        layers_GLCHW=torch.tensor(pixels.layers_GLCHW),
+        targets_LCHW=torch.tensor(pixels.targets_LCHW),
+        inputs=tuple(torch.tensor(image) for image in pixels.inputs),
+        input_roles=task.inputs,
+        group=pixels.name,
+    )
 
 
 @dataclass(frozen=True, eq=False)

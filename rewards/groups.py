@@ -11,7 +11,7 @@ from scipy import stats
 from common.errors import ConfigError
 from data.tasks import get_task
 from policy.group import GroupPixels
-from rewards.base import RewardBatch, Scorer, Scores, build, run_scorer
+from rewards.base import Scorer, Scores, build, reward_batch, run_scorer
 from rewards.combine import RewardConfig, active_terms, stack_scores
 from rewards.metrics import HIGHER_IS_BETTER, sample_metrics
 
@@ -48,21 +48,6 @@ def build_scorers(config: RewardConfig) -> dict[str, Scorer]:
                 "put the code on PYTHONPATH or install it here"
             ) from error
     return scorers
-
-
-def reward_batch(pixels: GroupPixels) -> RewardBatch:
-    """A decoded group as scorers see it."""
-    task = get_task(pixels.task)
-    return RewardBatch(
-        task=pixels.task,
-        prompt=pixels.prompt,
-        roles=task.targets,
-        layers_GLCHW=torch.tensor(pixels.layers_GLCHW),
-        targets_LCHW=torch.tensor(pixels.targets_LCHW),
-        inputs=tuple(torch.tensor(image) for image in pixels.inputs),
-        input_roles=task.inputs,
-        group=pixels.name,
-    )
 
 
 def score_group(config: RewardConfig, scorers: Mapping[str, Scorer], pixels: GroupPixels) -> GroupScores:

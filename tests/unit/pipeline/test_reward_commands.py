@@ -87,14 +87,14 @@ def test_a_failed_check_is_shown_in_the_table_and_in_the_exit_code(here, capsys)
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("time.sleep(600)", r"no answer within 9 s; mend it, or raise --deadline if it is that slow"),
+        ("time.sleep(600)", r"no answer within 4 s; mend it, or raise --deadline if it is that slow"),
         ("os._exit(3)", r"ended its process \(exit code 3\); mend it"),
         ("ctypes.string_at(0)", r"ended its process \(killed by SIGSEGV\); mend it"),
     ],
 )
 def test_a_scorer_that_hangs_or_ends_its_process_ends_the_check_with_one_message(here, capsys, body, words):
     (here / "bad.py").write_text(f"import ctypes, os, time\ndef bad(batch):\n    {body}\n")
-    assert main(["reward", "check", "bad.py:bad", "--deadline", "9"]) == 1
+    assert main(["reward", "check", "bad.py:bad", "--deadline", "4"]) == 1
     assert re.fullmatch(rf"omnialpha: bad\.py:bad: {words}[^\n]*\n", capsys.readouterr().err)
 
 
