@@ -28,7 +28,7 @@ from policy.programs import SftConfig, VaeLossConfig
 from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
-from rewards.combine import RewardConfig, active_terms
+from rewards.combine import RewardConfig, TermConfig, active_terms
 
 
 class TrainingConfig(StrictConfig):
@@ -329,12 +329,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _anchored(config: RunConfig) -> RunConfig:
     """Makes every path absolute now: actors and later code run in other working directories."""
-    terms = tuple(
-        term.model_copy(update={"scorer": str(Path(file).resolve()) + ":" + attribute})
-        if (file := term.source.rpartition(":")[0]).endswith(".py") and (attribute := term.source.rpartition(":")[2])
-        else term
-        for term in config.rewards.terms
-    )
+    terms = tuple(_anchored_term(term) for term in config.rewards.terms)
     return config.model_copy(
         update={
             "run_dir": config.folder.resolve(),
@@ -345,6 +340,19 @@ def _anchored(config: RunConfig) -> RunConfig:
             "rewards": config.rewards.model_copy(update={"terms": terms}),
         }
     )
+
+
+def _anchored_term(term: TermConfig) -> TermConfig:
+    changes: dict[str, Any] = {}
+    file, _, attribute = term.source.rpartition(":")
+    if file.endswith(".py") and attribute:
+        changes["scorer"] = f"{Path(file).resolve()}:{attribute}"
+    # By these names the shipped scorers take files; what another scorer's params mean is its own business.
+    paths = {key: value for key in ("weights", "folder") if isinstance(value := term.params.get(key), str)}
+    if paths:
+        absolute = {key: str(Path(value).expanduser().resolve()) for key, value in paths.items()}
+        changes["params"] = {**term.params, **absolute}
+    return term.model_copy(update=changes)
 
 
 def _absolute(path: Path | None) -> Path | None:

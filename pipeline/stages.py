@@ -21,7 +21,7 @@ from pipeline.report_data import environment
 from pipeline.run import Run
 from pipeline.train import run_sft, run_vae, starting_point
 from policy.folder import load_vae, policy_digest
-from rewards.base import build
+from rewards.base import build, describe
 
 log = logging.getLogger("omnialpha")
 
@@ -88,8 +88,12 @@ def _prepare(run: Run, todo: Sequence[str]) -> None:
         )
     for doubt in config.grpo.doubts() if "grpo" in todo else ():
         log.warning("%s", doubt)
-    for term in config.rewards.terms:
-        build(term.source, term.params)
+    scorers = {term.name: build(term.source, term.params) for term in config.rewards.terms}
+    described = {name: words for name, scorer in scorers.items() if (words := describe(scorer))}
+    if described:
+        run.events.write("scorers", terms=described)
+    for name, words in described.items():
+        log.info("reward %s: %s", name, words)
     ensure_dataset(config)
     run.claim("dataset", config.dataset_folder, content_digest(config.dataset_folder))
 

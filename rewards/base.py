@@ -35,6 +35,7 @@ Scorer = Any
 """A callable ``(batch) -> G floats`` or an object with such a method ``score``; checked by :func:`scorer_needs`."""
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+Shared = TypeVar("Shared")
 
 _registry: dict[str, Callable[..., Any]] = {}
 
@@ -90,6 +91,21 @@ class RewardBatch:
     def _refuse(self, field: str, problem: str) -> None:
         raise RewardError(f"reward batch of group {self.group!r}, task {self.task!r}: {field} {problem}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was shared is cheaper made again than sent.
+        return {name: value for name, value in vars(self).items() if name != "_shared"}
+
+    def shared(self, name: str, make: Callable[[], Shared]) -> Shared:
+        """``make()``, called once per group: whichever term asks first for ``name`` pays for all of them.
+
+        For what several terms need of one group, such as its blends. Terms that ask at the same time in several
+        threads may both make it. What it returns must not be written to.
+        """
+        made = vars(self).setdefault("_shared", {})  # frozen is the batch, not what is derived from it
+        if name not in made:
+            made[name] = make()
+        return made[name]
+
     @property
     def members(self) -> int:
         """G, the number of candidates."""
@@ -99,6 +115,11 @@ class RewardBatch:
     def foregrounds(self) -> tuple[int, ...]:
         """Indices of the foreground layers."""
         return tuple(index for index, role in enumerate(self.roles) if role == "foreground")
+
+    @property
+    def backgrounds(self) -> tuple[int, ...]:
+        """Indices of the background layers."""
+        return tuple(index for index, role in enumerate(self.roles) if role == "background")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +151,12 @@ def scorer_needs(scorer: Scorer) -> frozenset[str]:
     if unknown := [need for need in declared if need not in NEEDS]:
         raise RewardError(f"needs of {scorer!r} names {unknown[0]!r}, which no batch has; {hint}")
     return frozenset(declared)
+
+
+def describe(scorer: Scorer) -> str | None:
+    """What a scorer says of itself beyond its name, such as the network it judges with: its attribute ``describes``."""
+    described = getattr(scorer, "describes", None)
+    return described if isinstance(described, str) else None
 
 
 def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:
