@@ -40,7 +40,7 @@ Shared = TypeVar("Shared")
 _registry: dict[str, Callable[..., Any]] = {}
 
 # Modules that register the shipped scorers. They import this one, so they are imported on first use and not above.
-_SHIPPED = ("rewards.terms", "rewards.matting")
+_SHIPPED = ("rewards.terms", "rewards.matting", "rewards.prompt")
 
 ENTRY_POINTS = "omnialpha.rewards"
 """Group of entry points by which an installed package gives its scorers names."""
