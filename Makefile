@@ -46,6 +46,7 @@ study: setup
 	$(BIN)/python -m benchmarks.study table --out runs/study
 
 bench: setup
+	$(BIN)/python -m benchmarks.group_scorer
 	$(BIN)/python -m benchmarks.grpo_step runs/demo
 
 base: setup

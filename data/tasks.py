@@ -4,6 +4,7 @@ A task says which roles its inputs and targets play, how its instruction is phra
 judge it (Table 1 of arXiv 2511.20211 v2; mask-conditioned matting is from v1). Targets are listed back to front.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,14 +80,14 @@ TASKS: dict[str, Task] = {
             ("image", "mask"),
             ("background",),
             ("Remove the masked object and restore the scene behind it.", "Erase what the mask covers."),
-            ("layer",),
+            ("layer", "background"),
         ),
         Task(
             "layer_decomposition",
             ("image",),
             ("background", "foreground"),
             ("Split this image into a complete background and its foreground.", "Decompose the image into layers."),
-            ("layer", "composition", "boundary"),
+            ("layer", "composition", "background", "boundary"),
         ),
     )
 }
@@ -102,3 +103,20 @@ def get_task(name: str) -> Task:
         return TASKS[name]
     except KeyError:
         raise ConfigError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}") from None
+
+
+def named_object(task: str, prompt: str) -> str | None:
+    """What a prompt calls the object: the part of it that stands for ``{caption}`` in an instruction of the task.
+
+    Returns:
+        The caption; None where the prompt is an instruction of the task without one; the whole prompt where it is
+        none of the task's instructions, as a person's own may be.
+
+    Raises:
+        ConfigError: no such task.
+    """
+    for instruction in get_task(task).instructions:
+        before, caption, after = instruction.partition("{caption}")
+        if match := re.fullmatch(re.escape(before) + ("(.+)" if caption else "") + re.escape(after), prompt.strip()):
+            return match[1] if caption else None
+    return prompt

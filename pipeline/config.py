@@ -376,6 +376,11 @@ def _anchored_term(term: TermConfig) -> TermConfig:
         files = {name: value for name in ("pip", "uv", "conda") if isinstance(value := getattr(env, name), str)}
         paths |= {name: str(Path(value).resolve()) for name, value in files.items() if Path(value).is_file()}
         update["runtime_env"] = env.model_copy(update=paths)
+    # By these names the shipped scorers take files; what another scorer's params mean is its own business.
+    named = {key: value for key in ("weights", "folder") if isinstance(value := term.params.get(key), str)}
+    if named:
+        absolute = {key: str(Path(value).expanduser().resolve()) for key, value in named.items()}
+        update["params"] = {**term.params, **absolute}
     return term.model_copy(update=update)
 
 

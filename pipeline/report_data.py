@@ -78,6 +78,8 @@ class RunData:
     """Time of the last event."""
     attempts: int = 0
     environment: dict[str, Any] = field(default_factory=dict)
+    scorers: dict[str, str] = field(default_factory=dict)
+    """What reward terms say of themselves, such as the network that judges."""
     steps: Steps = field(default_factory=dict)
     """Stage → step → its event, without what a rollback took back."""
     timings: list[Timing] = field(default_factory=list)
@@ -155,6 +157,9 @@ def _read_events(run: RunData, events: Sequence[Event]) -> None:
         run.missing_scores += event.get("missing_scores", 0)
         because.update({scrub(reason): count for reason, count in event.get("missing_because", {}).items()})
     run.missing_because = dict(because.most_common(10))
+    for event in events:
+        if event["event"] == "scorers":
+            run.scorers = {str(name): scrub(str(words)) for name, words in event.get("terms", {}).items()}
     recorded = [event for event in events if event["event"] == "environment"]
     if recorded:
         run.environment = {k: v for k, v in recorded[-1].items() if k not in ("time", "attempt", "event")}

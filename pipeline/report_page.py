@@ -136,6 +136,8 @@ def facts(runs: Sequence[RunData]) -> str:
         "Driver's machine": machine,
         "Versions": versions,
     }
+    if any(run.scorers for run in runs):
+        lines["Reward networks"] = lambda run: " · ".join(f"{k}: {v}" for k, v in run.scorers.items()) or "–"
     heads = f"<thead><tr><td></td>{''.join(f'<th>{text(run.name)}</th>' for run in runs)}</tr></thead>"
     rows = "".join(
         f"<tr><th>{label}</th>{''.join(f'<td>{text(value(run))}</td>' for run in runs)}</tr>"

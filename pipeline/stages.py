@@ -23,7 +23,7 @@ from pipeline.report_data import environment
 from pipeline.run import Run
 from pipeline.train import run_rgb, run_sft, run_vae, starting_point
 from policy.folder import load_vae, policy_digest
-from rewards.base import build, check_source
+from rewards.base import build, check_source, describe
 
 log = logging.getLogger("omnialpha")
 
@@ -93,14 +93,20 @@ def _prepare(run: Run, todo: Sequence[str]) -> None:
         )
     for doubt in config.grpo.doubts() if "grpo" in todo else ():
         log.warning("%s", doubt)
+    described = {}
     for term in config.rewards.terms:
         if not term.own_process:
-            build(term.source, term.params)
+            if words := describe(build(term.source, term.params)):
+                described[term.name] = words
             continue
         # Not built here: its code runs in its own processes only. What a runtime_env brings is known only there.
         check_runtime_env(term)
         if term.runtime_env is None:
             check_source(term.source)
+    if described:
+        run.events.write("scorers", terms=described)
+    for name, words in described.items():
+        log.info("reward %s: %s", name, words)
     ensure_dataset(config)
     run.claim("dataset", config.dataset_folder, content_digest(config.dataset_folder))
 

@@ -26,6 +26,10 @@ class TextEncoder:
         """Hidden states of one prompt, (T, 384) float32, T ≤ 48 with the two special tokens."""
         return self._cached(prompt)
 
+    def sentence(self, text: str) -> torch.Tensor:
+        """One vector of length 1 for a text, (384,) float32: the mean of its states, as the model was trained for."""
+        return torch.nn.functional.normalize(self.encode(text).mean(dim=0), dim=0)
+
     def encode_batch(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (B, T, 384) padded to the longest prompt, and the mask (B, T), None where none is padded."""
         states = [self.encode(prompt) for prompt in prompts]

@@ -38,11 +38,12 @@ Scorer = Any
 """A callable ``(batch) -> G floats`` or an object with such a method ``score``; checked by :func:`scorer_needs`."""
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+Shared = TypeVar("Shared")
 
 _registry: dict[str, Callable[..., Any]] = {}
 
 # Modules that register the shipped scorers. They import this one, so they are imported on first use and not above.
-_SHIPPED = ("rewards.terms", "rewards.matting")
+_SHIPPED = ("rewards.terms", "rewards.matting", "rewards.prompt")
 
 ENTRY_POINTS = "omnialpha.rewards"
 """Group of entry points by which an installed package gives its scorers names."""
@@ -93,6 +94,21 @@ class RewardBatch:
     def _refuse(self, field: str, problem: str) -> None:
         raise RewardError(f"reward batch of group {self.group!r}, task {self.task!r}: {field} {problem}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was shared is cheaper made again than sent.
+        return {name: value for name, value in vars(self).items() if name != "_shared"}
+
+    def shared(self, name: str, make: Callable[[], Shared]) -> Shared:
+        """``make()``, called once per group: whichever term asks first for ``name`` pays for all of them.
+
+        For what several terms need of one group, such as its blends. Terms that ask at the same time in several
+        threads may both make it. What it returns must not be written to.
+        """
+        made = vars(self).setdefault("_shared", {})  # frozen is the batch, not what is derived from it
+        if name not in made:
+            made[name] = make()
+        return made[name]
+
     @property
     def members(self) -> int:
         """G, the number of candidates."""
@@ -102,6 +118,11 @@ class RewardBatch:
     def foregrounds(self) -> tuple[int, ...]:
         """Indices of the foreground layers."""
         return tuple(index for index, role in enumerate(self.roles) if role == "foreground")
+
+    @property
+    def backgrounds(self) -> tuple[int, ...]:
+        """Indices of the background layers."""
+        return tuple(index for index, role in enumerate(self.roles) if role == "background")
 
 
 def reward_batch(pixels: GroupPixels) -> RewardBatch:
@@ -150,6 +171,12 @@ def scorer_needs(scorer: Scorer) -> frozenset[str]:
     if unknown := [need for need in declared if need not in NEEDS]:
         raise RewardError(f"needs of {scorer!r} names {unknown[0]!r}, which no batch has; {hint}")
     return frozenset(declared)
+
+
+def describe(scorer: Scorer) -> str | None:
+    """What a scorer says of itself beyond its name, such as the network it judges with: its attribute ``describes``."""
+    described = getattr(scorer, "describes", None)
+    return described if isinstance(described, str) else None
 
 
 def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:

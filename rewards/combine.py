@@ -1,16 +1,18 @@
 """From the scores of several terms to one advantage per group member: pure NumPy float64, no state."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.config import StrictConfig
 from common.errors import ConfigError, RewardError
 from data.tasks import TASKS, get_task
 from rewards.base import Scores, is_shipped
 from rewards.isolation import DEADLINE_S, ResourcesConfig, RuntimeEnvConfig
+from rewards.presets import presets
 
 Array = np.ndarray
 
@@ -33,7 +35,7 @@ class TermConfig(StrictConfig):
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Weight among the active terms; only ratios matter. 0 logs the term without training on it."""
     params: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the scorer."""
+    """Keyword arguments of the scorer. Paths in ``weights`` and ``folder`` count from where the command is given."""
     tasks: tuple[str, ...] | None = None
     """Tasks it judges; null leaves it to the task table for the paper's terms, else takes every task with rewards."""
     isolated: bool | None = None
@@ -93,8 +95,11 @@ class TermConfig(StrictConfig):
 class RewardConfig(StrictConfig):
     """Which terms judge a sample and how they become an advantage."""
 
-    terms: tuple[TermConfig, ...] = Field(min_length=1)
-    """The reward terms; a task uses those that its entry in the task table activates."""
+    preset: str | None = None
+    """Shipped set of terms: ``paper`` (four terms) or ``paper_code`` (the seven its code z-scores); null has none."""
+    terms: tuple[TermConfig, ...] = ()
+    """The reward terms; a task uses those that its entry in the task table activates. Beside a preset these are added
+    to its terms, and one of the same name replaces the preset's."""
     std_floor: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Smallest standard deviation a term is divided by, in units of the score; 0 is the paper's rule."""
     advantage: Literal["terms", "sum", "global", "gdpo"] = "terms"
@@ -108,24 +113,51 @@ class RewardConfig(StrictConfig):
     missing: Literal["drop", "fail"] = "drop"
     """A missing score: leave it out, or stop the run with its reason."""
 
+    @field_validator("preset")
+    @classmethod
+    def _shipped(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in presets():
+            raise ValueError(f"no preset {preset!r}; shipped ones: {', '.join(presets())}; or write the terms out")
+        return preset
+
     @field_validator("terms")
     @classmethod
-    def _usable(cls, terms: tuple[TermConfig, ...]) -> tuple[TermConfig, ...]:
+    def _usable(cls, terms: tuple[TermConfig, ...], info: ValidationInfo) -> tuple[TermConfig, ...]:
+        if "preset" not in info.data:  # it was refused, and says so itself
+            return terms
         names = [term.name for term in terms]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"term {twice[0]!r} occurs more than once; give each its own name and say which code it is in 'scorer'"
             )
+        if info.data["preset"] is not None:
+            terms = _with_preset(info.data["preset"], terms)
+        if not terms:
+            raise ValueError(f"there are none; write terms, or name a preset ({', '.join(presets())})")
         if not any(term.weight for term in terms):
             raise ValueError("every term has weight 0, so that nothing is left to train on; give one a weight")
         return terms
 
 
+def _with_preset(preset: str, terms: tuple[TermConfig, ...]) -> tuple[TermConfig, ...]:
+    own = {term.name: term for term in terms}
+    shipped = [TermConfig.model_validate_json(json.dumps(entry)) for entry in presets()[preset]]
+    named = {term.name for term in shipped}
+    added = [term for term in terms if term.name not in named]
+    for term in added:
+        if twin := next((theirs for theirs in shipped if theirs.source == term.source), None):
+            raise ValueError(
+                f"term {term.name!r} judges by the same scorer as {twin.name!r} of preset {preset}; leave it out, call "
+                f"it {twin.name} to replace that one, or write all terms without a preset"
+            )
+    return (*(own.get(term.name, term) for term in shipped), *added)
+
+
 def active_terms(config: RewardConfig, task: str) -> tuple[int, ...]:
     """Positions in ``config.terms`` that judge ``task``.
 
-    A term with ``tasks`` judges those; one that the task table names, the tasks whose entry does; any other one every
-    task that has rewards.
+    A term with ``tasks`` judges those; one that the task table names, by its own name or by its scorer's, the tasks
+    whose entry does; any other one every task that has rewards.
     """
     tabled = {name for entry in TASKS.values() for name in entry.rewards}
     wanted = get_task(task).rewards
@@ -133,7 +165,8 @@ def active_terms(config: RewardConfig, task: str) -> tuple[int, ...]:
     def judges(term: TermConfig) -> bool:
         if term.tasks is not None:
             return task in term.tasks
-        return term.name in wanted or bool(wanted and term.name not in tabled)
+        name = term.name if term.name in tabled else term.source
+        return name in wanted or bool(wanted and name not in tabled)
 
     return tuple(k for k, term in enumerate(config.terms) if judges(term))
 

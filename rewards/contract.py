@@ -20,7 +20,7 @@ from torch import Tensor
 from common.errors import ConfigError, OmniAlphaError, RewardError
 from data.rgba import over
 from data.tasks import TASKS, get_task
-from rewards.base import NEEDS, RewardBatch, Scorer, build, run_scorer, scorer_needs
+from rewards.base import NEEDS, RewardBatch, Scorer, build, describe, run_scorer, scorer_needs
 from rewards.combine import RewardConfig, TermConfig, active_terms
 
 Status = Literal["ok", "warning", "failed"]
@@ -120,7 +120,10 @@ def check_scorer(
     except OmniAlphaError as error:
         return [Finding("loads", "failed", str(error))]
     needs = scorer_needs(scorer)
-    findings = [_loaded(), Finding("declares", "ok", f"needs {', '.join(sorted(needs)) or 'nothing but the layers'}")]
+    findings = [
+        _loaded(describe(scorer)),
+        Finding("declares", "ok", f"needs {', '.join(sorted(needs)) or 'nothing but the layers'}"),
+    ]
     seconds: list[float] = []
     by_task: dict[str, list[Finding]] = {}
     for task in judged_tasks(source) if chosen is None else chosen:
@@ -372,8 +375,8 @@ def _ok(what: str) -> Finding:
     return Finding(what, "ok", CHECKS[what])
 
 
-def _loaded() -> Finding:
-    return Finding("loads", "ok", "found and built")
+def _loaded(described: str | None = None) -> Finding:
+    return Finding("loads", "ok", "found and built" + (f": {described}" if described else ""))
 
 
 def _name(error: Exception) -> str:

@@ -1,4 +1,5 @@
-"""Confidence intervals for paired comparisons whose records share photos and objects.
+"""Confidence intervals for paired comparisons whose records share photos and objects, and the Fréchet distance of
+feature clouds.
 
 Records made from one photo or one object err together. Resampling records as if they were independent then gives
 intervals that are too narrow.
@@ -99,3 +100,71 @@ def _index(names: Sequence[str]) -> tuple[int, np.ndarray]:
     """Number of distinct names, and for each entry the number of its name."""
     distinct = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return len(distinct), np.array([distinct[name] for name in names], dtype=np.intp)
+
+
+def frechet_distance(features_a_ND: np.ndarray, features_b_MD: np.ndarray) -> float:
+    """Squared Fréchet distance of two clouds of features, taken as Gaussians (Dowson & Landau 1982; as FID, Heusel et
+    al. 2017, arXiv 1706.08500): |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), covariances over n − 1.
+
+    It grows as the clouds get smaller, even between samples of one distribution: compare equal counts only. The matrix
+    root is never formed: tr (Σ_a Σ_b)^½ is the sum of the singular values of A·Bᵀ, A and B the centred features
+    divided by √(n − 1), so that fewer samples than dimensions are cheap and no worse conditioned.
+
+    Args:
+        features_a_ND: N ≥ 2 samples of D features.
+        features_b_MD: M ≥ 2 samples of the same features.
+
+    Returns:
+        A number ≥ 0, in squared units of the features; 0 for equal means and covariances.
+
+    Raises:
+        DataError: fewer than two samples, other shapes, or values that are not finite.
+    """
+    centred, means = [], []
+    for name, features in (("first", features_a_ND), ("second", features_b_MD)):
+        values = np.asarray(features, np.float64)
+        if values.ndim != 2 or len(values) < 2 or not np.all(np.isfinite(values)):
+            raise DataError(
+                f"Fréchet distance: the {name} features have shape {values.shape}; pass at least two samples (samples, "
+                "features), all finite"
+            )
+        means.append(values.mean(axis=0))
+        centred.append((values - means[-1]) / np.sqrt(len(values) - 1))
+    (mean_a, mean_b), (a_ND, b_MD) = means, centred
+    if len(mean_a) != len(mean_b):
+        raise DataError(f"Fréchet distance of {len(mean_a)} and {len(mean_b)} features; use one extractor for both")
+    cross = np.linalg.svd(_fewer_rows(a_ND) @ _fewer_rows(b_MD).T, compute_uv=False).sum()
+    distance = np.square(mean_a - mean_b).sum() + np.square(a_ND).sum() + np.square(b_MD).sum() - 2 * cross
+    return max(0.0, float(distance))
+
+
+def _fewer_rows(values_ND: np.ndarray) -> np.ndarray:
+    """At most D rows with the same products of columns: the triangular factor where there are more."""
+    return values_ND if len(values_ND) <= values_ND.shape[1] else np.asarray(np.linalg.qr(values_ND, mode="r"))
+
+
+def frechet_distance_of_moments(
+    mean_a_D: np.ndarray, covariance_a_DD: np.ndarray, mean_b_D: np.ndarray, covariance_b_DD: np.ndarray
+) -> float:
+    """:func:`frechet_distance` from means and covariances, as kept for a reference set whose features are too many.
+
+    Raises:
+        DataError: shapes that do not fit, or a covariance that is not symmetric and positive semi-definite.
+    """
+    roots = []
+    for name, mean_D, covariance_DD in (("first", mean_a_D, covariance_a_DD), ("second", mean_b_D, covariance_b_DD)):
+        covariance = np.asarray(covariance_DD, np.float64)
+        if covariance.shape != (len(mean_D), len(mean_D)) or len(mean_a_D) != len(mean_b_D):
+            raise DataError(
+                f"Fréchet distance: the {name} mean has {len(mean_D)} features and its covariance shape "
+                f"{covariance.shape}; pass D numbers and (D, D) of the same features for both"
+            )
+        values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+        largest = max(float(values[-1]), np.finfo(np.float64).tiny)
+        if not np.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-9 * largest) or values[0] < -1e-6 * largest:
+            raise DataError(f"Fréchet distance: the {name} covariance is not symmetric and positive; was it summed up?")
+        roots.append(np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T)  # RᵀR is the covariance
+    a, b = roots
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    apart = np.asarray(mean_a_D, np.float64) - np.asarray(mean_b_D, np.float64)
+    return max(0.0, float(np.square(apart).sum() + np.square(a).sum() + np.square(b).sum() - 2 * cross))

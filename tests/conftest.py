@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: a real dataset and a real Ray cluster, each made once."""
 
+import json
 import os
+import string
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,24 @@ def real_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shared / "real-dataset"
     with locked(shared / "real-dataset.lock"):
         build_dataset(TINY_DATA, folder, default_cache())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a CLIP model with a few thousand random weights that looks at 32 × 32 pixels and reads letters."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder, letters = tmp_path_factory.mktemp("clip"), string.ascii_lowercase
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = common | {"vocab_size": len(words), "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
+    vision = common | {"image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
     return folder
 
 

@@ -61,6 +61,15 @@ def test_the_headline_is_the_paired_difference_with_its_interval(page):
     assert "paired difference GRPO − SFT +0.0193, 95 % interval [+0.0115, +0.0271], n = 296" in line
 
 
+def test_the_networks_that_judge_are_named_where_a_run_has_any(tmp_path, page):
+    folder = make_run(tmp_path / "judged")
+    EventLog(folder / "events.jsonl", attempt=1).write("scorers", terms={"background": f"LPIPS, {tmp_path}/vgg16.pth"})
+    text = "".join(written([folder]).text)
+    assert "Reward networks" in text
+    assert "background: LPIPS, …/vgg16.pth" in text
+    assert "Reward networks" not in "".join(page.text)
+
+
 @pytest.mark.parametrize(
     ("task", "quantity", "mark"),
     [

@@ -215,7 +215,7 @@ def test_what_cannot_be_built_or_declares_nonsense_is_not_tried(name, what, word
     assert "scores" not in {finding.what for finding in findings}
 
 
-@pytest.mark.parametrize("name", ["layer", "composition", "boundary"])
+@pytest.mark.parametrize("name", ["layer", "composition", "background", "boundary"])
 def test_the_shipped_terms_pass_for_every_task_they_judge(name):
     findings = check_scorer(name, size=32)
     assert [finding for finding in findings if finding.status != "ok"] == []

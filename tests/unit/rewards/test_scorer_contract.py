@@ -1,5 +1,6 @@
 """What a scorer may do, and what becomes of it when it does something else."""
 
+import dataclasses
 import math
 import pickle
 import sys
@@ -137,6 +138,8 @@ def test_scores_and_batches_travel_between_processes(make_batch):
     scores = run_scorer("mine", constant, make_batch())
     assert pickle.loads(pickle.dumps(scores)).values_G.tolist() == [0.5, 0.5, 0.5]  # noqa: S301 - our own bytes
     batch = make_batch()
+    batch.shared("blends", lambda: torch.zeros(10**6))
+    assert len(pickle.dumps(batch)) < 10**6  # what was derived from it stays here
     assert torch.equal(pickle.loads(pickle.dumps(batch)).layers_GLCHW, batch.layers_GLCHW)  # noqa: S301
 
 
@@ -161,8 +164,18 @@ def test_a_batch_that_breaks_its_contract_names_group_task_and_field(make_batch,
         RewardBatch(**(base_fields | changes))
 
 
+def test_what_terms_share_is_made_once_per_group_and_name(make_batch):
+    batch, made = make_batch(), []
+    for _ in range(2):
+        assert batch.shared("blends", lambda: made.append("blends") or 7) == 7
+    assert batch.shared("other", lambda: 8) == 8
+    assert make_batch().shared("blends", lambda: 9) == 9
+    assert dataclasses.replace(batch, group="copy").shared("blends", lambda: 10) == 10
+    assert made == ["blends"]
+
+
 def test_the_shipped_terms_are_registered():
-    assert {"layer", "composition", "boundary"} <= set(registered())
+    assert {"layer", "composition", "background", "boundary", "prompt_fidelity", "clip"} <= set(registered())
 
 
 def test_the_shipped_scorers_are_imported_on_first_use(make_batch, tmp_path, monkeypatch):

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from common.errors import RewardError
-from rewards import terms
+from common.errors import ConfigError, RewardError
+from policy.perceptual import PerceptualDistance
+from rewards import similarity, terms
 from rewards.base import build, run_scorer
-from rewards.terms import BoundaryAccuracy, CompositionFidelity, LayerFidelity, boundary_radius, psnr, ssim
+from rewards.similarity import psnr, ssim
+from rewards.terms import BackgroundStructure, BoundaryAccuracy, CompositionFidelity, LayerFidelity, boundary_radius
 
 
 def blend64(image_4HW: np.ndarray, background: float) -> np.ndarray:
@@ -61,7 +63,7 @@ def test_ssim_equals_skimage_where_the_borders_are_constant():
     x[:, 11:-11, 11:-11] = np.clip(y[:, 11:-11, 11:-11] + 0.1 * rng.standard_normal((3, 18, 14)), 0, 1)
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     _, expected = structural_similarity(x, y, channel_axis=0, full=True, **options)
-    found = ssim(torch.tensor(x[None], dtype=torch.float32), torch.tensor(y[None], dtype=torch.float32))
+    found = ssim(torch.tensor(x[None], dtype=torch.float32), torch.tensor(y, dtype=torch.float32)).mean()
     assert 0.1 < expected.mean() < 0.99
     assert found.item() == pytest.approx(expected.mean(), abs=3e-6)
 
@@ -70,13 +72,13 @@ def test_ssim_of_flat_areas_of_different_brightness_is_within_float32_rounding()
     # Without structure only the luminance factor is left; float32 variances there are rounding noise beside c2 = 9e-4.
     x, y = torch.full((1, 3, 32, 32), 0.3), torch.full((1, 3, 32, 32), 0.8)
     expected = (2 * 0.3 * 0.8 + 1e-4) / (0.3**2 + 0.8**2 + 1e-4)
-    assert ssim(x, y).item() == pytest.approx(expected, abs=3e-4)
+    assert ssim(x, y[0]).mean().item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_ssim_equals_the_formula_with_mirrored_borders(make_batch):
     batch = make_batch(members=4)
     images = batch.layers_GLCHW[:, 0, :3]
-    found = ssim(images[:2], images[2:])
+    found = ssim(images[None, :2], images[2:])[0].mean(dim=1)
     for index in range(2):
         pairs = zip(numpy64(images[index]), numpy64(images[index + 2]), strict=True)
         assert found[index].item() == pytest.approx(np.mean([ssim64(a, b) for a, b in pairs]), abs=3e-6)
@@ -84,7 +86,7 @@ def test_ssim_equals_the_formula_with_mirrored_borders(make_batch):
 
 def test_psnr_equals_skimage_for_each_image(make_batch):
     images = make_batch(members=4).layers_GLCHW[:, 0, :3]
-    found = psnr(images[:2], images[2:])
+    found = psnr(images[None, :2], images[2:])[0]
     for index in range(2):
         expected = peak_signal_noise_ratio(numpy64(images[index]), numpy64(images[index + 2]), data_range=1.0)
         assert found[index].item() == pytest.approx(expected, abs=1e-5)
@@ -124,6 +126,32 @@ def test_composition_term_composites_back_to_front_and_compares_with_the_input(m
         assert found[member].item() == pytest.approx(np.mean(parts), abs=3e-6)
 
 
+def test_background_term_is_one_minus_the_distance_of_the_blended_background_layers_alone(make_batch):
+    batch = make_batch(roles=("background", "foreground", "background"))
+    found = BackgroundStructure().score(batch)
+    distance = PerceptualDistance()
+    for member in range(3):
+        parts = []
+        for layer in (0, 2):
+            for background in (0.0, 1.0):
+                x, y = (
+                    torch.from_numpy(blend64(numpy64(image), background)).float()[None]
+                    for image in (batch.layers_GLCHW[member, layer], batch.targets_LCHW[layer])
+                )
+                parts.append(1 - distance(x[None], y).item())
+        assert found[member].item() == pytest.approx(np.mean(parts), abs=1e-5)
+
+
+def test_the_perceptual_metric_compares_the_composite_with_the_input_as_the_papers_code_does(make_batch):
+    batch = make_batch()
+    found = CompositionFidelity(["perceptual"]).score(batch)
+    blends = [[terms.on_black_and_white(x)] for x in (terms.over(batch.layers_GLCHW), batch.inputs[0])]
+    expected = 1 - PerceptualDistance()(blends[0][0], blends[1][0]).mean(dim=1)
+    torch.testing.assert_close(found, expected)
+    assert CompositionFidelity(["perceptual"]).describes.startswith("EfficientNet-Lite0")
+    assert CompositionFidelity().describes is None
+
+
 @pytest.mark.parametrize("size", [(24, 20), (320, 300)])
 def test_boundary_term_equals_the_literal_formula(make_batch, size):
     batch = make_batch(roles=("background", "foreground", "foreground"), size=size)
@@ -155,7 +183,7 @@ def test_the_soft_band_includes_both_its_ends(make_batch):
     assert BoundaryAccuracy().score(batch).tolist() == pytest.approx([1.0, 0.95, 0.05, 1.0], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["layer", "composition", "boundary"])
+@pytest.mark.parametrize("name", ["layer", "composition", "background", "boundary"])
 def test_a_perfect_prediction_scores_exactly_one(make_batch, name):
     truth = make_batch().targets_LCHW
     batch = make_batch(layers_GLCHW=truth.repeat(2, 1, 1, 1, 1), inputs=(terms.over(truth),))
@@ -178,7 +206,7 @@ def test_the_layer_term_sees_a_wrong_hard_alpha_that_the_boundary_term_cannot(ma
     assert LayerFidelity().score(batch).item() < 0.9
 
 
-@pytest.mark.parametrize("name", ["layer", "composition", "boundary"])
+@pytest.mark.parametrize("name", ["layer", "composition", "background", "boundary"])
 def test_scoring_a_group_equals_scoring_its_members_one_by_one(make_batch, name):
     batch = make_batch(members=5, size=(33, 47))
     together = run_scorer(name, build(name), batch).values_G
@@ -189,23 +217,24 @@ def test_scoring_a_group_equals_scoring_its_members_one_by_one(make_batch, name)
     np.testing.assert_allclose(together, [scores.values_G[0] for scores in alone], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["layer", "composition", "boundary"])
+@pytest.mark.parametrize("name", ["layer", "composition", "background", "boundary"])
 @settings(max_examples=10, deadline=None)
 @given(order=st.permutations(range(4)), seed=st.integers(0, 100))
 def test_reordering_the_members_reorders_the_scores(make_batch, name, order, seed):
     batch = make_batch(members=4, size=(16, 13), seed=seed)
     shuffled_batch = make_batch(members=4, size=(16, 13), seed=seed, layers_GLCHW=batch.layers_GLCHW[list(order)])
-    values = run_scorer(name, build(name), batch).values_G
-    shuffled = run_scorer(name, build(name), shuffled_batch).values_G
+    scorer = build(name, {"min_side": 32} if name == "background" else {})
+    values = run_scorer(name, scorer, batch).values_G
+    shuffled = run_scorer(name, scorer, shuffled_batch).values_G
     np.testing.assert_allclose(shuffled, values[list(order)], atol=1e-6)
     assert np.all((values <= 1 + 1e-6) & (values >= -0.5))
 
 
-@pytest.mark.parametrize("name", ["layer", "composition", "boundary"])
+@pytest.mark.parametrize("name", ["layer", "composition", "background", "boundary"])
 def test_a_nan_pixel_makes_its_member_missing_and_no_other(make_batch, name):
     clean = make_batch()
     broken = clean.layers_GLCHW.clone()
-    broken[1, 1, 3, 5, 5] = float("nan")
+    broken[1, :, 3, 5, 5] = float("nan")
     scores = run_scorer(name, build(name), make_batch(layers_GLCHW=broken))
     expected = run_scorer(name, build(name), clean).values_G
     assert np.isnan(scores.values_G).tolist() == [False, True, False]
@@ -215,18 +244,34 @@ def test_a_nan_pixel_makes_its_member_missing_and_no_other(make_batch, name):
 def test_large_groups_are_split_without_changing_the_scores(make_batch, monkeypatch):
     batch = make_batch()
     whole = LayerFidelity().score(batch)
-    monkeypatch.setattr(terms, "_MAX_SSIM_VALUES", 5 * 3 * 24 * 20)
-    torch.testing.assert_close(LayerFidelity().score(batch), whole, atol=1e-6, rtol=0)
-    monkeypatch.setattr(terms, "_MAX_SSIM_VALUES", 1)
-    torch.testing.assert_close(LayerFidelity().score(batch), whole, atol=1e-6, rtol=0)
+    for values in (5 * 3 * 24 * 20, 1):
+        monkeypatch.setattr(similarity, "_SSIM_VALUES", values)
+        torch.testing.assert_close(LayerFidelity().score(batch), whole, atol=1e-6, rtol=0)
 
 
-def test_the_truth_is_blended_once_for_the_whole_group(make_batch, monkeypatch):
+def test_layers_and_truth_are_blended_once_for_all_terms_of_a_group(make_batch, monkeypatch):
     blended = []
     original = terms.on_black_and_white
     monkeypatch.setattr(terms, "on_black_and_white", lambda image: blended.append(image.ndim) or original(image))
-    LayerFidelity().score(make_batch(members=6))
+    batch = make_batch(members=6)
+    for scorer in (LayerFidelity(["ssim"]), LayerFidelity(["psnr"]), BackgroundStructure()):
+        scorer.score(batch)
     assert sorted(blended) == [4, 5]
+    for scorer in (CompositionFidelity(["ssim"]), CompositionFidelity(["psnr"])):
+        scorer.score(batch)
+    assert sorted(blended) == [3, 4, 4, 5]  # and the input image and the composites
+    LayerFidelity(["psnr"]).score(make_batch(members=6))
+    assert len(blended) == 6  # another group has blends of its own
+
+
+def test_work_on_the_truth_does_not_grow_with_the_group(make_batch, monkeypatch):
+    seen = []
+    original = terms.soft_band
+    monkeypatch.setattr(
+        terms, "soft_band", lambda alpha, radius: seen.append(alpha.shape[0]) or original(alpha, radius)
+    )
+    BoundaryAccuracy().score(make_batch(members=6))
+    assert sorted(seen) == [1, 6]  # one band of the truth's foreground, six of the predictions'
 
 
 def test_images_smaller_than_the_ssim_window_are_refused_but_have_psnr_and_boundary(make_batch):
@@ -251,10 +296,21 @@ def test_a_one_pixel_boundary_is_weighed_by_its_blurred_mask(make_batch):
 def test_terms_refuse_tasks_they_cannot_judge(make_batch):
     with pytest.raises(RewardError, match="boundary needs a foreground layer"):
         BoundaryAccuracy().score(make_batch(roles=("background",)))
+    with pytest.raises(RewardError, match="background needs a background layer"):
+        BackgroundStructure().score(make_batch(roles=("foreground",)))
     with pytest.raises(RewardError, match="compares with the input image"):
         CompositionFidelity().score(make_batch(input_roles=("mask",)))
     with pytest.raises(RewardError, match=r"input image is \(8, 8\), the layers are \(24, 20\)"):
         CompositionFidelity().score(make_batch(inputs=(torch.zeros(4, 8, 8),)))
+
+
+def test_metrics_and_networks_that_do_not_exist_are_refused():
+    with pytest.raises(ConfigError, match="metrics of a reward is"):
+        LayerFidelity(["lpips"])
+    with pytest.raises(ConfigError, match="no perceptual network 'vgg'"):
+        BackgroundStructure("vgg")
+    with pytest.raises(ConfigError, match=r"reward 'background': params do not fit.*it takes: network, weights"):
+        build("background", {"metrics": ["ssim"]})
 
 
 def test_the_mask_input_is_never_taken_for_the_image(make_batch):
@@ -268,6 +324,6 @@ def test_a_better_prediction_scores_higher(make_batch):
     noise = torch.rand(truth.shape, generator=torch.Generator().manual_seed(1))
     layers = torch.stack([truth.lerp(noise, share) for share in (0.5, 0.2, 0.05)])
     batch = make_batch(layers_GLCHW=layers, inputs=(terms.over(truth),))
-    for name in ("layer", "composition", "boundary"):
+    for name in ("layer", "composition", "background", "boundary"):
         values = run_scorer(name, build(name), batch).values_G
         assert values[0] < values[1] < values[2]
