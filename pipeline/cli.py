@@ -15,8 +15,9 @@ STAGE_HELP = {
     "run": "all stages, skipping what is done",
     "vae": "train the alpha-aware VAE and encode the training split",
     "sft": "multi-task supervised cold start",
+    "continued": "SFT for as long again as GRPO takes: the control",
     "grpo": "GRPO on rewards of the decoded layers",
-    "eval": "compare SFT and GRPO on held-out records",
+    "eval": "compare the policies on held-out records",
 }
 
 

@@ -29,6 +29,8 @@ from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
 from rewards.combine import RewardConfig, active_terms
+from rewards.gaming import applies, optimised
+from rewards.metrics import HIGHER_IS_BETTER
 
 
 class TrainingConfig(StrictConfig):
@@ -101,6 +103,24 @@ class SftStageConfig(BatchedConfig):
             )
         _check_lora(self.lora)
         return self
+
+
+class ContinuedConfig(StrictConfig):
+    """Control: SFT goes on from where it ended for about as long as GRPO takes, so that a gain of GRPO can be told from
+    one of more training. Data, tasks, batches, objective, averaging and adapter are those of ``sft``."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps; the evaluation reports the measured seconds of both stages."""
+    lr: float = Field(gt=0)
+    """Constant learning rate."""
+    commit_every: int = Field(100, ge=1)
+    """Steps between commits."""
+
+    def stage(self, sft: SftStageConfig) -> SftStageConfig:
+        """The SFT stage's settings with this length and learning rate."""
+        optimiser = sft.optimiser.model_copy(update={"lr": self.lr, "warmup": 0, "decay": "constant"})
+        changes = {"steps": self.steps, "commit_every": self.commit_every, "optimiser": optimiser}
+        return sft.model_copy(update=changes)
 
 
 class GrpoStageConfig(TrainingConfig):
@@ -213,6 +233,25 @@ class EvaluateConfig(StrictConfig):
     """Bootstrap draws of an interval."""
     rows: int = Field(4, ge=1)
     """Records per task in the pictures."""
+    primary: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Task → metrics by which the run is to be judged, chosen before it; none that the task's reward trains on."""
+
+    @model_validator(mode="after")
+    def _primary_metrics_exist(self) -> "EvaluateConfig":
+        for task, metrics in self.primary.items():
+            try:
+                get_task(task)
+            except ConfigError as error:
+                raise ValueError(f"primary: {error}") from None
+            for name in metrics:
+                if HIGHER_IS_BETTER.get(name) is None:
+                    known = ", ".join(key for key, higher in HIGHER_IS_BETTER.items() if higher is not None)
+                    raise ValueError(f"primary.{task}: {name!r} is not a metric with a direction; known: {known}")
+                if not applies(name, task):
+                    raise ValueError(f"primary.{task}: {name} needs a layer that the task does not have")
+            if not metrics or len(set(metrics)) < len(metrics):
+                raise ValueError(f"primary.{task}: name at least one metric, and each once")
+        return self
 
 
 class TrackingConfig(StrictConfig):
@@ -225,7 +264,7 @@ class TrackingConfig(StrictConfig):
 
 
 class RunConfig(StrictConfig):
-    """One run: data, four stages, cluster."""
+    """One run: data, stages, cluster."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Name of the run and of its folder."""
@@ -241,6 +280,8 @@ class RunConfig(StrictConfig):
     """Stage 1."""
     sft: SftStageConfig
     """Stage 2."""
+    continued: ContinuedConfig | None = None
+    """Control beside stage 3; None leaves it out, and so does ``grpo.start``, with which there is no stage 2."""
     grpo: GrpoStageConfig
     """Stage 3."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -271,6 +312,17 @@ class RunConfig(StrictConfig):
         return self
 
     @model_validator(mode="after")
+    def _metrics_are_outside_the_reward(self) -> "RunConfig":
+        for task, metrics in self.evaluate.primary.items():
+            for name in metrics:
+                if term := optimised(self.rewards, task).get(name):
+                    raise ValueError(
+                        f"evaluate.primary.{task}: {name} is what the reward term {term!r} trains on; judge the run "
+                        "by metrics outside its reward"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _rewards_cover_tasks(self) -> "RunConfig":
         for task, weight in self.grpo.tasks.items():
             if weight and not any(self.rewards.terms[k].weight for k in active_terms(self.rewards, task)):
@@ -289,6 +341,11 @@ class RunConfig(StrictConfig):
         return self.run_dir or Path("runs") / self.name
 
     @property
+    def control(self) -> ContinuedConfig | None:
+        """The control stage of a whole run, where it has one."""
+        return None if self.grpo.start else self.continued
+
+    @property
     def dataset_folder(self) -> Path:
         """Dataset folder."""
         return self.dataset or self.folder / "dataset"
@@ -298,6 +355,9 @@ class RunConfig(StrictConfig):
         outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
         cadence = {"commit_every", "pictures_every", "keep_rollouts"}
         exclude: dict[str, Any] = {"data": {"workers"}, "vae": cadence, "sft": cadence, "grpo": cadence}
+        # What is not used is left out: runs that were begun before it existed can be resumed.
+        exclude |= {"continued": cadence if self.control else True}
+        exclude |= {} if self.evaluate.primary else {"evaluate": {"primary"}}
         return self.model_dump(mode="json", exclude=exclude | dict.fromkeys(outside, True))
 
     def identity_hash(self) -> str:

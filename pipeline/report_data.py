@@ -22,7 +22,7 @@ from common.errors import CheckpointError, ConfigError
 from common.events import group_balance, read_events
 from pipeline.doctor import PACKAGES
 
-TRAINED = ("vae", "sft", "grpo")
+TRAINED = ("vae", "sft", "continued", "grpo")
 """Stages that take steps."""
 PICTURE_BYTES = 4 * 2**20
 """PNG bytes in one report, over all its runs; pages that grow with the image size are of no use."""
@@ -207,6 +207,8 @@ def _say_what_stages_lack(run: RunData, events: Sequence[Event]) -> None:
     grpo = run.config.get("grpo")
     expected = ("grpo",) if isinstance(grpo, dict) and grpo.get("start") else TRAINED
     for stage in expected:
+        if stage == "continued" and not run.config.get("continued"):
+            continue
         marks = [
             e["event"] for e in events if e.get("stage") == stage and e["event"] in ("stage_started", "stage_done")
         ]
