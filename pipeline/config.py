@@ -29,7 +29,7 @@ from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
 from rewards.combine import RewardConfig, active_terms
-from rewards.gaming import applies, optimised
+from rewards.gaming import WatchConfig, applies, optimised, watched
 from rewards.metrics import HIGHER_IS_BETTER
 
 
@@ -160,6 +160,8 @@ class GrpoStageConfig(TrainingConfig):
     """Steps between stored rollouts, which ``omnialpha reward score`` scores again; 0 stores none."""
     max_empty_steps: int = Field(5, ge=1)
     """Consecutive steps without any trainable group after which the run stops."""
+    watch: WatchConfig = WatchConfig()
+    """Watch for a reward that is being gamed."""
 
     @model_validator(mode="after")
     def _algorithm_fits(self) -> "GrpoStageConfig":
@@ -320,6 +322,12 @@ class RunConfig(StrictConfig):
                         f"evaluate.primary.{task}: {name} is what the reward term {term!r} trains on; judge the run "
                         "by metrics outside its reward"
                     )
+        watch, tasks = self.grpo.watch, [task for task, weight in self.grpo.tasks.items() if weight]
+        if watch.every and not any(watched(watch, self.rewards, task) for task in tasks):
+            raise ValueError(
+                f"grpo.watch.metrics: of {', '.join(watch.metrics)} none is left to watch, since the rewards train on "
+                "them or no task has them; name others, or switch the watch off with grpo.watch.every=0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -354,7 +362,9 @@ class RunConfig(StrictConfig):
         """What a run folder belongs to: all that changes its results, so not placement, tracking, paths or cadence."""
         outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
         cadence = {"commit_every", "pictures_every", "keep_rollouts"}
-        exclude: dict[str, Any] = {"data": {"workers"}, "vae": cadence, "sft": cadence, "grpo": cadence}
+        # A watch that only warns changes no result.
+        grpo = cadence if self.grpo.watch.stop else cadence | {"watch"}
+        exclude: dict[str, Any] = {"data": {"workers"}, "vae": cadence, "sft": cadence, "grpo": grpo}
         # What is not used is left out: runs that were begun before it existed can be resumed.
         exclude |= {"continued": cadence if self.control else True}
         exclude |= {} if self.evaluate.primary else {"evaluate": {"primary"}}

@@ -76,7 +76,7 @@ def policies(run: Run) -> dict[str, Path]:
 def training_time(events: Path) -> dict[str, dict[str, float]]:
     """Steps of each policy's own stage and the seconds that they took, by the event log.
 
-    Only steps that count: what a rollback took back, start-up, commits and pictures do not.
+    Only steps that count: what a rollback took back, start-up, commits, pictures and looks of the gaming watch do not.
     """
     found = {}
     for stage, steps in lineage(read_events(events)).items():

@@ -1,4 +1,5 @@
-"""Held-out records, sampled and measured with the policy that the rollout actors hold."""
+"""Held-out records, sampled and measured with the policy that the rollout actors hold: for evaluation and the gaming
+watch."""
 
 import logging
 from collections import Counter
@@ -11,6 +12,7 @@ import numpy as np
 from actors.reward import Measured, RewardPool
 from actors.rollout import RolloutPool
 from actors.waiting import wait_all
+from common.errors import DataError
 from data.records import Record, RecordDataset
 from pipeline.config import RunConfig
 from rewards.combine import scalar_rewards
@@ -30,9 +32,18 @@ class HeldOut:
 
     @classmethod
     def choose(cls, config: RunConfig, split: str, tasks: Sequence[str] | None, most: int) -> "HeldOut":
-        """The first ``most`` records of each task that the split has, and of ``tasks`` where they are given."""
+        """The first ``most`` records of each task that the split has, and of ``tasks`` where they are given.
+
+        Raises:
+            DataError: the split has none.
+        """
         data, size = RecordDataset(config.dataset_folder, split), config.evaluate.batch
         present = [task for task in data.tasks if tasks is None or task in tasks]
+        if not present:
+            raise DataError(
+                f"{config.dataset_folder}: split {split!r} has no record of {', '.join(tasks or ())}; it has "
+                f"{', '.join(data.tasks)}: take a dataset with such records, or set grpo.watch.every=0"
+            )
         chosen = {task: [int(i) for i in data.positions(task)[:most]] for task in present}
         chunks = tuple(
             (task, tuple(indices[k : k + size]))

@@ -16,6 +16,8 @@ def render_plan(config: RunConfig) -> str:
     lines.append(f"  total    {sum(row.cpus for row in rows):g} CPUs")
     images = config.grpo.prompts * config.grpo.group
     control = [f"  sft continued for {config.control.steps} steps"] if config.control else []
+    looks = config.grpo.watch.looks(config.grpo.steps)
+    watch = [f"  watch {looks + 1} looks at no more than {config.grpo.watch.records} records per task"] if looks else []
     lines += [
         "",
         "work:",
@@ -24,6 +26,7 @@ def render_plan(config: RunConfig) -> str:
         *control,
         f"  grpo  {config.grpo.steps} steps of {config.grpo.prompts} groups × {config.grpo.group} = {images} samples, "
         f"{config.grpo.sampling.schedule.steps} sampling steps, {config.grpo.sampling.window.size} trained",
+        *watch,
         f"  eval  at most {config.evaluate.records} records per task, {3 if config.control else 2} policies",
         "",
         f"run folder: {config.folder}",

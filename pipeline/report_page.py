@@ -17,12 +17,14 @@ from pipeline.report_data import PictureRow, RunData, TaskPictures
 from pipeline.report_html import anchor, date, image, table, text
 from pipeline.report_results import headline, results
 from pipeline.report_style import SCRIPT, STYLE
+from pipeline.report_watch import alarm, watch
 
 BACKGROUNDS = ("checker", "black", "white", "magenta")
 SECTIONS = (
     "Results",
     "Pictures",
     "GRPO",
+    "Gaming watch",
     "VAE and SFT",
     "Time",
     "Groups and scores",
@@ -41,7 +43,7 @@ STAGE_WORDS = {
 def render(runs: Sequence[RunData]) -> str:
     """The page of one run, or of several side by side."""
     title = " and ".join(run.name for run in runs)
-    bodies = (results, pictures, grpo_curves, supervised_curves, times, groups, data, configuration)
+    bodies = (results, pictures, grpo_curves, watch, supervised_curves, times, groups, data, configuration)
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     links = "".join(f'<a href="#{anchor(name)}">{name}</a>' for name in SECTIONS)
@@ -55,7 +57,7 @@ def render(runs: Sequence[RunData]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)} · omnialpha report</title><style>{STYLE}</style></head><body>"
         f"<header><h1>{text(title)}</h1>{''.join(headline(run, len(runs) > 1) for run in runs)}"
-        f"{facts(runs)}{lacking(runs)}<nav>{links}</nav></header><main>{sections}</main>"
+        f"{alarm(runs)}{facts(runs)}{lacking(runs)}<nav>{links}</nav></header><main>{sections}</main>"
         f"<footer><main>Written {date(time.time())} by omnialpha report.</main></footer>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )

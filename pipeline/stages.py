@@ -168,5 +168,5 @@ def ensure_dataset(config: RunConfig) -> None:
     """
     if config.dataset is None:
         build_dataset(config.data, config.dataset_folder, progress=log.info)
-    for split in ("train", config.evaluate.split):
+    for split in ("train", config.evaluate.split, *(("val",) if config.grpo.watch.every else ())):
         RecordDataset(config.dataset_folder, split)

@@ -112,6 +112,19 @@ def test_the_evaluation_leaves_a_table_results_and_pictures(finished):
     assert list((run / "grpo" / "pictures").glob("*.png"))
 
 
+def looks(run: Path) -> dict[int, list[dict]]:
+    found = [json.loads(path.read_text()) for path in sorted((run / "grpo" / "watch").glob("look-*.json"))]
+    return {look["step"]: look["entries"] for look in found}
+
+
+def test_the_gaming_watch_looked_before_training_and_when_it_was_due(finished):
+    run, _ = finished
+    assert list(looks(run)) == [0, 2, 4]
+    judged = [event["step"] for event in read_events(run / "events.jsonl") if event["event"] == "watch"]
+    assert judged == [2, 4]
+    assert all(entry["metrics"] for entries in looks(run).values() for entry in entries)
+
+
 def test_stored_rollouts_are_those_that_were_scored(finished):
     run, _ = finished
     groups = list(read_rollouts(run / "grpo" / "rollouts"))
@@ -191,6 +204,11 @@ def test_a_run_killed_in_every_stage_ends_with_the_weights_of_an_uninterrupted_o
         ours, theirs = weights_of(run, stage), weights_of(finished[0], stage)
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+    ours, theirs = looks(run), looks(finished[0])
+    assert ours.keys() == theirs.keys()
+    for step in ours:
+        assert [e["record"] for e in ours[step]] == [e["record"] for e in theirs[step]]
+        assert [e["reward"] for e in ours[step]] == pytest.approx([e["reward"] for e in theirs[step]], abs=1e-5)
     balance = group_balance(read_events(run / "events.jsonl"))
     accounted = sum(count for key, count in balance.items() if key != "launched")
     assert balance["launched"] == accounted

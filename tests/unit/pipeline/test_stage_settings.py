@@ -188,6 +188,7 @@ def test_without_the_control_stage_a_run_is_what_it_was_before_there_was_one():
     identity = config.identity()
     assert "continued" not in identity
     assert "primary" not in identity["evaluate"]
+    assert "watch" not in identity["grpo"]
 
 
 def test_the_control_goes_on_with_the_settings_of_sft_at_a_constant_rate():
