@@ -192,6 +192,7 @@ def kill_at(run: Path, dataset: Path, stage: str, step: int) -> None:
     wait_until(lambda: not processes_of(run), 30, "the end of the killed run's processes")
 
 
+@pytest.mark.timeout(1200)  # five starts of Ray
 def test_a_run_killed_in_every_stage_ends_with_the_weights_of_an_uninterrupted_one(
     finished, tmp_path_factory, real_dataset
 ):
