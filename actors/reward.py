@@ -22,7 +22,7 @@ from common.commit import storage_errors
 from data.rgba import draw_grid, encode_png
 from data.tasks import get_task
 from policy.group import GroupPixels
-from policy.rollout_files import write_rollouts
+from policy.rollout_files import read_rollouts, write_rollouts
 from rewards.base import Scores, build
 from rewards.combine import RewardConfig, active_terms
 from rewards.groups import GroupScores, join_scores, score_terms
@@ -74,6 +74,16 @@ class RewardActor:
             layers, targets = torch.tensor(pixels.layers_GLCHW[0]), torch.tensor(pixels.targets_LCHW)
             measured.append(MeasuredHere(pixels.name, scores, sample_metrics(roles, layers, targets)))
         return measured
+
+    def keep(self, path: Path, groups: list[GroupPixels]) -> None:
+        """Writes groups of one for :meth:`draw_change`."""
+        with storage_errors(path):
+            write_rollouts(path, 0, [group.name for group in groups], groups)
+
+    def draw_change(self, path: Path, rows: int, kept: Path, groups: list[GroupPixels]) -> None:
+        """PNG and cells as :meth:`draw_comparison` draws them: input | kept earlier | now | truth."""
+        before = [stored.pixels for stored in read_rollouts(kept)]
+        self.draw_comparison(path, ["before", "now"], rows, before, groups)
 
     def draw_group(self, path: Path, pixels: GroupPixels, members: int = 6) -> None:
         """PNG: inputs, the first members and the truth; one row per layer."""
@@ -235,6 +245,14 @@ class RewardPool:
     def store(self, path: Path, step: int, names: Sequence[str], pixels: Sequence[Any]) -> Any:
         """Stores groups by reference."""
         return self._pick().store.remote(path, step, names, *pixels)
+
+    def keep(self, path: Path, pixels: Any) -> Any:
+        """Stores evaluation groups by reference, to compare later ones with."""
+        return self._pick().keep.remote(path, pixels)
+
+    def draw_change(self, path: Path, rows: int, kept: Path, pixels: Any) -> Any:
+        """Draws evaluation groups beside those kept earlier into a PNG."""
+        return self._pick().draw_change.remote(path, rows, kept, pixels)
 
     def draw_group(self, path: Path, pixels: Any) -> Any:
         """Draws a group into a PNG."""

@@ -40,7 +40,8 @@ from tests.integration.reference_loop import reference_loop
 def _config(demo: Path, folder: Path, *overrides: str) -> RunConfig:
     policy = demo / "sft" / "final" / "model"
     base = [f"run_dir={folder}", f"dataset={demo / 'dataset'}", f"grpo.start={policy}", "tracking.wandb=disabled"]
-    return load_config("demo", [*base, "grpo.pictures_every=1000", "grpo.commit_every=1000", *overrides])
+    off = ["grpo.pictures_every=1000", "grpo.commit_every=1000", "grpo.watch.every=0"]
+    return load_config("demo", [*base, *off, *overrides])
 
 
 def _pipeline(config: RunConfig) -> tuple[list[float], list[float]]:

@@ -75,6 +75,7 @@ def _train(case: Case, seed: int, demo: Path, folder: Path) -> None:
             f"grpo.start={demo / 'sft' / 'final' / 'model'}",
             f"grpo.steps={case.steps}",
             "grpo.pictures_every=1000",
+            "grpo.watch.every=0",
             f"evaluate.records={case.records}",
             f"evaluate.split={case.split}",
             "tracking.wandb=disabled",

@@ -16,8 +16,9 @@ STAGE_HELP = {
     "rgb": "train the RGB VAE that the next stage converts, where the config asks for one",
     "vae": "train the alpha-aware VAE and encode the training split",
     "sft": "multi-task supervised cold start",
+    "continued": "SFT for as long again as GRPO takes: the control",
     "grpo": "GRPO on rewards of the decoded layers",
-    "eval": "compare SFT and GRPO on held-out records",
+    "eval": "compare the policies on held-out records",
 }
 
 

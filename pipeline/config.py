@@ -30,6 +30,8 @@ from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
 from rewards.combine import RewardConfig, TermConfig, active_terms
+from rewards.gaming import WatchConfig, applies, optimised, watched
+from rewards.metrics import HIGHER_IS_BETTER
 
 
 class TrainingConfig(StrictConfig):
@@ -113,6 +115,24 @@ class SftStageConfig(BatchedConfig):
         return self
 
 
+class ContinuedConfig(StrictConfig):
+    """Control: SFT goes on from where it ended for about as long as GRPO takes, so that a gain of GRPO can be told from
+    one of more training. Data, tasks, batches, objective, averaging and adapter are those of ``sft``."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps; the evaluation reports the measured seconds of both stages."""
+    lr: float = Field(gt=0)
+    """Constant learning rate."""
+    commit_every: int = Field(100, ge=1)
+    """Steps between commits."""
+
+    def stage(self, sft: SftStageConfig) -> SftStageConfig:
+        """The SFT stage's settings with this length and learning rate."""
+        optimiser = sft.optimiser.model_copy(update={"lr": self.lr, "warmup": 0, "decay": "constant"})
+        changes = {"steps": self.steps, "commit_every": self.commit_every, "optimiser": optimiser}
+        return sft.model_copy(update=changes)
+
+
 class GrpoStageConfig(TrainingConfig):
     """Stage 3: GRPO on rewards of the decoded layers."""
 
@@ -150,6 +170,8 @@ class GrpoStageConfig(TrainingConfig):
     """Steps between stored rollouts, which ``omnialpha reward score`` scores again; 0 stores none."""
     max_empty_steps: int = Field(5, ge=1)
     """Consecutive steps without any trainable group after which the run stops."""
+    watch: WatchConfig = WatchConfig()
+    """Watch for a reward that is being gamed."""
 
     @model_validator(mode="after")
     def _algorithm_fits(self) -> "GrpoStageConfig":
@@ -223,6 +245,25 @@ class EvaluateConfig(StrictConfig):
     """Bootstrap draws of an interval."""
     rows: int = Field(4, ge=1)
     """Records per task in the pictures."""
+    primary: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Task → metrics by which the run is to be judged, chosen before it; none that the task's reward trains on."""
+
+    @model_validator(mode="after")
+    def _primary_metrics_exist(self) -> "EvaluateConfig":
+        for task, metrics in self.primary.items():
+            try:
+                get_task(task)
+            except ConfigError as error:
+                raise ValueError(f"primary: {error}") from None
+            for name in metrics:
+                if HIGHER_IS_BETTER.get(name) is None:
+                    known = ", ".join(key for key, higher in HIGHER_IS_BETTER.items() if higher is not None)
+                    raise ValueError(f"primary.{task}: {name!r} is not a metric with a direction; known: {known}")
+                if not applies(name, task):
+                    raise ValueError(f"primary.{task}: {name} needs a layer that the task does not have")
+            if not metrics or len(set(metrics)) < len(metrics):
+                raise ValueError(f"primary.{task}: name at least one metric, and each once")
+        return self
 
 
 class TrackingConfig(StrictConfig):
@@ -235,7 +276,7 @@ class TrackingConfig(StrictConfig):
 
 
 class RunConfig(StrictConfig):
-    """One run: data, four stages, cluster."""
+    """One run: data, stages, cluster."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Name of the run and of its folder."""
@@ -253,6 +294,8 @@ class RunConfig(StrictConfig):
     """Stage 1."""
     sft: SftStageConfig
     """Stage 2."""
+    continued: ContinuedConfig | None = None
+    """Control beside stage 3; None leaves it out, and so does ``grpo.start``, with which there is no stage 2."""
     grpo: GrpoStageConfig
     """Stage 3."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -285,6 +328,23 @@ class RunConfig(StrictConfig):
         return self
 
     @model_validator(mode="after")
+    def _metrics_are_outside_the_reward(self) -> "RunConfig":
+        for task, metrics in self.evaluate.primary.items():
+            for name in metrics:
+                if term := optimised(self.rewards, task).get(name):
+                    raise ValueError(
+                        f"evaluate.primary.{task}: {name} is what the reward term {term!r} trains on; judge the run "
+                        "by metrics outside its reward"
+                    )
+        watch, tasks = self.grpo.watch, [task for task, weight in self.grpo.tasks.items() if weight]
+        if watch.every and not any(watched(watch, self.rewards, task) for task in tasks):
+            raise ValueError(
+                f"grpo.watch.metrics: of {', '.join(watch.metrics)} none is left to watch, since the rewards train on "
+                "them or no task has them; name others, or switch the watch off with grpo.watch.every=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rewards_cover_tasks(self) -> "RunConfig":
         for task, weight in self.grpo.tasks.items():
             if weight and not any(self.rewards.terms[k].weight for k in active_terms(self.rewards, task)):
@@ -303,6 +363,11 @@ class RunConfig(StrictConfig):
         return self.run_dir or Path("runs") / self.name
 
     @property
+    def control(self) -> ContinuedConfig | None:
+        """The control stage of a whole run, where it has one."""
+        return None if self.grpo.start else self.continued
+
+    @property
     def dataset_folder(self) -> Path:
         """Dataset folder."""
         return self.dataset or self.folder / "dataset"
@@ -311,12 +376,17 @@ class RunConfig(StrictConfig):
         """What a run folder belongs to: all that changes its results, so not placement, tracking, paths or cadence."""
         outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
         cadence = {"commit_every", "pictures_every", "keep_rollouts"}
-        exclude: dict[str, Any] = {"data": {"workers"}, "rgb": cadence, "vae": cadence, "sft": cadence, "grpo": cadence}
+        # A watch that only warns changes no result.
+        grpo = cadence if self.grpo.watch.stop else cadence | {"watch"}
+        exclude: dict[str, Any] = {"data": {"workers"}, "rgb": cadence, "vae": cadence, "sft": cadence, "grpo": grpo}
+        # What is not used is left out: runs that were begun before it existed can be resumed.
+        exclude |= {"continued": cadence if self.control else True}
+        exclude |= {} if self.evaluate.primary else {"evaluate": {"primary"}}
         values = self.model_dump(mode="json", exclude=exclude | dict.fromkeys(outside, True))
         for term in values["rewards"]["terms"]:
             for key in ("isolated", "deadline_s", "resources"):  # where and how long, not what
                 del term[key]
-            if term["runtime_env"] is None:  # so that folders of runs from before it existed stay theirs
+            if term["runtime_env"] is None:
                 del term["runtime_env"]
         return values
 

@@ -1,10 +1,11 @@
-"""The evaluation stage: the policy that GRPO started from (``sft``) and GRPO's on the same held-out records, from the
-same noise."""
+"""The evaluation stage: the policy that GRPO started from (``sft``), the one that only trained on (``continued``, where
+there is one) and GRPO's, on the same held-out records from the same noise."""
 
 import json
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,59 +14,49 @@ from actors.reward import Measured, RewardPool
 from actors.rollout import RolloutPool
 from actors.waiting import wait_all
 from common.commit import begin, commit, storage_errors
-from common.events import finite
-from data.records import Record, RecordDataset
+from common.events import finite, read_events
+from data.records import Record
 from pipeline.config import RunConfig
+from pipeline.measure import HeldOut, measure, quantity
+from pipeline.report_data import lineage
 from pipeline.run import Run
 from pipeline.train import starting_point
-from rewards.combine import scalar_rewards
+from rewards.metrics import clearly
 from rewards.statistics import paired_bootstrap
 
 log = logging.getLogger("omnialpha")
 
-POLICIES = ("sft", "grpo")
+TITLES = {"sft": "SFT", "continued": "SFT continued", "grpo": "GRPO"}
+"""The policies that can be compared, and what they are called."""
 
 
 def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
     """Samples, scores and draws; writes results.json, table.md and one grid per task."""
     config, stage = run.config, run.config.evaluate
-    folders = {"sft": starting_point(run, "eval").policy, "grpo": run.require("grpo", wanted_by="eval") / "model"}
-    data = RecordDataset(config.dataset_folder, stage.split)
-    chosen = {task: [int(i) for i in data.positions(task)[: stage.records]] for task in data.tasks}
-    chunks = [
-        (task, indices[k : k + stage.batch])
-        for task, indices in chosen.items()
-        for k in range(0, len(indices), stage.batch)
-    ]
+    folders = policies(run)
+    held = HeldOut.choose(config, stage.split, None, stage.records)
     measured: dict[str, list[Measured]] = {}
     pixels: dict[str, list[Any]] = {}
-    for name in POLICIES:
-        rollouts.load_folder(folders[name])
-        results = rollouts.generate(stage.split, [chunk for _, chunk in chunks], stage.schedule)
-        scores = [rewards.measure(task, *result) for (task, _), result in zip(chunks, results, strict=True)]
-        measured[name] = rewards.measured(scores, f"evaluation of {name}")
-        pixels[name] = [groups for _, groups in results]
+    for name, folder in folders.items():
+        rollouts.load_folder(folder)
+        measured[name], pixels[name] = measure(config, rollouts, rewards, held, f"evaluation of {name}")
         log.info("eval %s: %d records", name, len(measured[name]))
-        if reasons := Counter(reason for entry in measured[name] for reason in entry.reasons):
-            log.warning("eval %s: %d scores are missing: %s", name, reasons.total(), reasons.most_common(3))
         run.stop_here("evaluate")
-    records = [data.cheap(index) for _, chunk in chunks for index in chunk]
-    results_json = summarise(config, records, measured)
+    results_json = summarise(config, held.records, measured) | {"training": training_time(run.events.path)}
     final = run.final("evaluate")
     temporary = begin(final)
     pictures = []
-    for task in chosen:
-        first = next(k for k, (name, _) in enumerate(chunks) if name == task)
-        path = temporary / f"{task}.png"
-        columns = [pixels[name][first] for name in POLICIES]
-        pictures.append(rewards.draw_comparison(path, [name.upper() for name in POLICIES], stage.rows, *columns))
+    titles = [TITLES[name] for name in folders]
+    for task in held.tasks:
+        columns = [pixels[name][held.first(task)] for name in folders]
+        pictures.append(rewards.draw_comparison(temporary / f"{task}.png", titles, stage.rows, *columns))
     wait_all(pictures, "pictures", config.cluster.deadline_s)
     table = render_table(results_json)
     with storage_errors(final):
         (temporary / "results.json").write_text(json.dumps(finite(results_json), indent=1) + "\n")
         (temporary / "table.md").write_text(table)
     commit(temporary, final, {"step": 0, "config": config.identity_hash()})
-    for task in chosen:
+    for task in held.tasks:
         run.tracker.picture(f"evaluate/{task}", final / f"{task}.png")
     run.events.write("evaluated", **results_json["overall"])
     run.events.write("stage_done", stage="evaluate")
@@ -74,22 +65,30 @@ def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
     log.info("pictures: %s", final)
 
 
-def quantity(config: RunConfig, entry: Measured, label: str) -> float:
-    """One number of an evaluated record by its label: ``reward`` (weighted mean of the raw terms), ``term/<name>`` or a
-    metric's name. NaN where the record has none."""
-    if label.startswith("term/"):
-        return entry.terms.get(label.removeprefix("term/"), float("nan"))
-    if label != "reward":
-        return entry.metrics.get(label, float("nan"))
-    if not entry.terms:
-        return float("nan")
-    weights = {term.name: term.weight for term in config.rewards.terms}
-    scores_T1 = np.array([[value] for value in entry.terms.values()])
-    return float(scalar_rewards(scores_T1, [weights[name] for name in entry.terms])[0])
+def policies(run: Run) -> dict[str, Path]:
+    """Folders of the policies to compare, by name in the order of the table."""
+    found = {"sft": starting_point(run, "eval").policy}
+    if run.config.control:
+        found["continued"] = run.require("continued", wanted_by="eval") / "model"
+    return found | {"grpo": run.require("grpo", wanted_by="eval") / "model"}
+
+
+def training_time(events: Path) -> dict[str, dict[str, float]]:
+    """Steps of each policy's own stage and the seconds that they took, by the event log.
+
+    Only steps that count: what a rollback took back, start-up, commits, pictures and looks of the gaming watch do not.
+    """
+    found = {}
+    for stage, steps in lineage(read_events(events)).items():
+        if stage in TITLES:
+            keys = ("sample_s", "train_s") if stage == "grpo" else ("max_seconds",)
+            seconds = sum(step.get(key) or 0.0 for step in steps.values() for key in keys)
+            found[stage] = {"steps": len(steps), "seconds": round(seconds, 1)}
+    return found
 
 
 def summarise(config: RunConfig, records: Sequence[Record], measured: dict[str, list[Measured]]) -> dict[str, Any]:
-    """Means of every reward term and metric per task and policy, and the paired difference with its interval.
+    """Means of every reward term and metric per task and policy, and GRPO's paired differences with their intervals.
 
     The interval resamples photos and objects, not images: records that share either are not independent.
     """
@@ -102,11 +101,13 @@ def summarise(config: RunConfig, records: Sequence[Record], measured: dict[str, 
         metrics = sorted({key for k in positions for key in measured["sft"][k].metrics})
         labels = [*(["reward"] if first.terms else []), *(f"term/{name}" for name in first.terms), *metrics]
         for label in labels:
-            rows.append({"task": task, "quantity": label} | _compare(config, records, measured, positions, label))
+            row = {"task": task, "quantity": label} | _compare(config, records, measured, positions, label)
+            rows.append(row | ({"primary": True} if label in config.evaluate.primary.get(task, ()) else {}))
     judged = [k for k, record in enumerate(records) if config.grpo.tasks.get(record.task, 0) > 0]
     overall = _compare(config, records, measured, judged, "reward")
     return {
         "split": config.evaluate.split,
+        "policies": list(measured),
         "records": {task: len(positions) for task, positions in by_task.items()},
         "overall": {"quantity": "reward"} | overall,
         "rows": rows,
@@ -120,44 +121,85 @@ def _compare(
     measured: dict[str, list[Measured]],
     positions: Sequence[int],
     label: str,
-) -> dict[str, float | int]:
-    pairs = np.array(
-        [[quantity(config, measured[name][k], label) for name in POLICIES] for k in positions], dtype=np.float64
-    )
-    valid = np.asarray(np.isfinite(pairs).all(axis=1))
-    if not valid.any():
-        return {"sft": float("nan"), "grpo": float("nan"), "difference": float("nan"), "n": 0}
-    pairs, kept = pairs[valid], [k for k, good in zip(positions, valid.tolist(), strict=True) if good]
-    mean, low, high = paired_bootstrap(
-        pairs[:, 1] - pairs[:, 0],
-        [records[k].photo_group or None for k in kept],
-        [records[k].object_groups[0] for k in kept],
-        config.evaluate.draws,
-        config.seed,
-    )
-    return {
-        "sft": float(pairs[:, 0].mean()),
-        "grpo": float(pairs[:, 1].mean()),
-        "difference": mean,
-        "low": low,
-        "high": high,
-        "n": len(kept),
-    }
+) -> dict[str, Any]:
+    """Means by policy, GRPO − SFT as ``difference``, ``low``, ``high``, and GRPO − SFT continued, where there is one,
+    as the same under ``over_continued``; over the records that all policies have the quantity of."""
+    names = list(measured)
+    values_NP = np.array(
+        [[quantity(config, measured[name][k], label) for name in names] for k in positions], dtype=np.float64
+    ).reshape(len(positions), len(names))
+    valid = np.asarray(np.isfinite(values_NP).all(axis=1))
+    kept = [k for k, good in zip(positions, valid.tolist(), strict=True) if good]
+    values = dict(zip(names, values_NP[valid].T, strict=True))
+
+    def over(base: str) -> dict[str, float]:
+        if not kept:
+            return dict.fromkeys(("difference", "low", "high"), float("nan"))
+        mean, low, high = paired_bootstrap(
+            values["grpo"] - values[base],
+            [records[k].photo_group or None for k in kept],
+            [records[k].object_groups[0] for k in kept],
+            config.evaluate.draws,
+            config.seed,
+        )
+        return {"difference": mean, "low": low, "high": high}
+
+    means = {name: float(column.mean()) if kept else float("nan") for name, column in values.items()}
+    continued = {"over_continued": over("continued")} if "continued" in names else {}
+    return means | over("sft") | continued | {"n": len(kept)}
+
+
+def comparisons(row: dict[str, Any]) -> dict[str, str]:
+    """What a row's intervals say of GRPO against each other policy: better, worse, or nothing."""
+    bases = {"sft": row, **({"continued": row["over_continued"]} if "over_continued" in row else {})}
+    return {base: clearly(row["quantity"], found.get("low"), found.get("high")) for base, found in bases.items()}
+
+
+def primary_lines(results: dict[str, Any]) -> list[str]:
+    """One line per task: which of its primary metrics improved against every other policy, and which did not."""
+    bases = [name for name in results["policies"] if name != "grpo"]
+    by_task: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    for row in results["rows"]:
+        if row.get("primary"):
+            by_task[row["task"]][row["quantity"]] = comparisons(row)
+    lines = []
+    for task, metrics in by_task.items():
+        improved = [name for name, found in metrics.items() if set(found.values()) == {"better"}]
+        parts = [f"better than {' and '.join(TITLES[base] for base in bases)}: {', '.join(improved) or 'none'}"]
+        for base in bases:
+            if worse := [name for name, found in metrics.items() if found[base] == "worse"]:
+                parts.append(f"worse than {TITLES[base]}: {', '.join(worse)}")
+        if undecided := [
+            name for name, found in metrics.items() if name not in improved and "worse" not in found.values()
+        ]:
+            parts.append(f"undecided: {', '.join(undecided)}")
+        lines.append(f"primary, {task}: {'; '.join(parts)}")
+    return lines
 
 
 def render_table(results: dict[str, Any]) -> str:
-    """Markdown table of the results."""
-    overall = results["overall"]
+    """Markdown table of the results, what the primary metrics say, and what the policies' training took."""
+    names, rows = results["policies"], [{"task": "all RL tasks", **results["overall"]}, *results["rows"]]
+    bases = [name for name in names if name != "grpo"]
+    differences = [f"GRPO − {TITLES[base]}" for base in bases]
+    head = ["task", "quantity", *(TITLES[name] for name in names)]
+    head += [cell for title in differences for cell in (title, "95 % interval")] + ["n"]
     lines = [
-        f"{results['split']} set, paired difference GRPO − SFT with its 95 % interval over photos and objects",
+        f"{results['split']} set, paired differences {' and '.join(differences)} with their 95 % intervals over photos "
+        "and objects; \\* marks the primary metrics, declared before the run",
         "",
-        "| task | quantity | SFT | GRPO | difference | 95 % interval | n |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
     ]
-    for row in [{"task": "all RL tasks", **overall}, *results["rows"]]:
+    for row in rows:
         if row["n"]:
-            lines.append(
-                f"| {row['task']} | {row['quantity']} | {row['sft']:.4f} | {row['grpo']:.4f} | "
-                f"{row['difference']:+.4f} | [{row['low']:+.4f}, {row['high']:+.4f}] | {row['n']} |"
-            )
+            cells = [row["task"], row["quantity"] + (" \\*" if row.get("primary") else "")]
+            cells += [f"{row[name]:.4f}" for name in names]
+            for found in (row, *([row["over_continued"]] if "continued" in names else [])):
+                cells += [f"{found['difference']:+.4f}", f"[{found['low']:+.4f}, {found['high']:+.4f}]"]
+            lines.append(f"| {' | '.join(cells)} | {row['n']} |")
+    primary = primary_lines(results)
+    took = [f"{TITLES[s]} {t['seconds']:.0f} s ({t['steps']} steps)" for s, t in results.get("training", {}).items()]
+    lines += ["", *(f"- {line}" for line in primary)] if primary else []
+    lines += ["", f"training steps took: {', '.join(took)}"] if took else []
     return "\n".join(lines) + "\n"

@@ -24,6 +24,7 @@ from data.seeding import seed_for
 from data.tasks import get_task
 from pipeline.run import Progress, Run
 from pipeline.train import starting_point, task_sampler
+from pipeline.watch import Watch
 from policy.group import GroupMeta, GroupRequest
 from rewards.combine import RewardConfig, active_terms, batch_advantages, keep_group, scalar_rewards
 from rewards.groups import GroupScores
@@ -38,11 +39,13 @@ def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: Re
     config, stage = run.config, run.config.grpo
     make = stage.program(starting_point(run, "grpo"))
     learner.setup(make, stage.optimiser, EngineConfig(zero_stage=stage.zero_stage), stage.steps)
+    watch = Watch(run, learner, rollouts, rewards)
     progress = Progress(run, "grpo", stage.steps, stage.commit_every)
     start = progress.resume(learner.restore)
+    watch.resume(start)
     version, empty = start, 0
     rollouts.publish(version, *learner.publish())
-    for step in range(start, stage.steps):
+    for step in watch.until_stopped(range(start, stage.steps)):
         began = time.monotonic()
         scored = roll_out(run, rollouts, rewards, step, version)
         batch = select(scored, config.rewards)
@@ -68,8 +71,9 @@ def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: Re
             path = run.folder / "grpo" / "rollouts" / f"step-{step + 1:05d}.parquet"
             stored = rewards.store(path, step + 1, [m.name for _, m, _ in scored], [g.pixels for g, _, _ in scored])
             wait_all([stored], "rollouts to be stored", config.cluster.deadline_s)
+        watch.after_step(step + 1)
         progress.after_step(step + 1, learner.save, {"version": version, "position": (step + 1) * stage.prompts})
-    progress.finish(lambda folder: learner.export(folder / "model"), {"version": stage.steps})
+    progress.finish(watch.hand_on, watch.result())
 
 
 def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, version: int) -> list[Scored]:

@@ -18,14 +18,19 @@ def render_plan(config: RunConfig) -> str:
     lines += [f"  {row.role:{width}s} {row.actors} processes, {_reserved(row.cpus, row.gpus)}" for row in rows]
     lines.append(f"  {'total':{width}s} {_reserved(sum(row.cpus for row in rows), sum(row.gpus for row in rows))}")
     images = config.grpo.prompts * config.grpo.group
+    control = [f"  sft continued for {config.control.steps} steps"] if config.control else []
+    looks = config.grpo.watch.looks(config.grpo.steps)
+    watch = [f"  watch {looks + 1} looks at no more than {config.grpo.watch.records} records per task"] if looks else []
     lines += [
         "",
         "work:",
         f"  vae   {config.vae.steps} steps of {config.vae.micro_batch * config.vae.micro_batches} images",
         f"  sft   {config.sft.steps} steps of {config.sft.micro_batch * config.sft.micro_batches} records",
+        *control,
         f"  grpo  {config.grpo.steps} steps of {config.grpo.prompts} groups × {config.grpo.group} = {images} samples, "
         f"{config.grpo.sampling.schedule.steps} sampling steps, {config.grpo.sampling.window.size} trained",
-        f"  eval  at most {config.evaluate.records} records per task, twice",
+        *watch,
+        f"  eval  at most {config.evaluate.records} records per task, {3 if config.control else 2} policies",
         "",
         f"run folder: {config.folder}",
         f"dataset:    {config.dataset_folder}",

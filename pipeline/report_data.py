@@ -22,8 +22,10 @@ from common.errors import CheckpointError, ConfigError
 from common.events import group_balance, read_events
 from pipeline.doctor import PACKAGES
 
-TRAINED = ("rgb", "vae", "sft", "grpo")
+TRAINED = ("rgb", "vae", "sft", "continued", "grpo")
 """Stages that take steps."""
+ALARM_BYTES = 2**20
+"""PNG bytes of the gaming watch's pictures in one report, over all its runs."""
 PICTURE_BYTES = 4 * 2**20
 """PNG bytes in one report, over all its runs; pages that grow with the image size are of no use."""
 
@@ -88,6 +90,14 @@ class RunData:
     missing_because: dict[str, int] = field(default_factory=dict)
     results: dict[str, Any] | None = None
     pictures: list[TaskPictures] = field(default_factory=list)
+    looks: dict[int, Event] = field(default_factory=dict)
+    """Step → what the gaming watch saw after it."""
+    alarms: dict[int, Event] = field(default_factory=dict)
+    """Step → the alarm that the gaming watch raised after it."""
+    alarm_pictures: list[tuple[str, bytes]] = field(default_factory=list)
+    """Names and grids of the last alarm."""
+    stopped_early: str = ""
+    """A sentence, where the gaming watch ended the stage."""
     manifest: dict[str, Any] | None = None
     """The dataset's sources and counts."""
     lacking: list[str] = field(default_factory=list)
@@ -104,7 +114,7 @@ def collect(folders: Sequence[Path]) -> list[RunData]:
     Raises:
         ConfigError: a folder that is no run folder.
     """
-    runs = [_collect(folder, PICTURE_BYTES // len(folders)) for folder in folders]
+    runs = [_collect(folder, PICTURE_BYTES // len(folders), ALARM_BYTES // len(folders)) for folder in folders]
     seen: Counter[str] = Counter()
     for run in runs:
         seen[run.name] += 1
@@ -112,7 +122,7 @@ def collect(folders: Sequence[Path]) -> list[RunData]:
     return runs
 
 
-def _collect(folder: Path, budget: int) -> RunData:
+def _collect(folder: Path, budget: int, alarm_budget: int) -> RunData:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give the folder of a run, for example runs/demo")
     if not (folder / "identity.json").is_file():
@@ -126,6 +136,7 @@ def _collect(folder: Path, budget: int) -> RunData:
     run.dataset_digest = digest.read_text().strip() if digest.is_file() else ""
     events = [e for e in read_events(folder / "events.jsonl") if isinstance(e, dict) and {"time", "event"} <= e.keys()]
     _read_events(run, events)
+    _read_watch(run, events, folder, alarm_budget)
     _say_what_stages_lack(run, events)
     _read_evaluation(run, folder / "evaluate" / "final", budget)
     _read_manifest(run, Path(config.get("dataset") or folder / "dataset"))
@@ -170,12 +181,31 @@ def _read_events(run: RunData, events: Sequence[Event]) -> None:
         )
 
 
-def lineage(events: Iterable[Event]) -> Steps:
-    """Steps as they count: what a rollback took back is gone, and a repeated step replaces the earlier one."""
+def _read_watch(run: RunData, events: Sequence[Event], folder: Path, budget: int) -> None:
+    run.looks = lineage(events, "watch").get("grpo", {})
+    run.alarms = {
+        step: event | {"message": scrub(str(event.get("message")))}
+        for step, event in lineage(events, "gaming").get("grpo", {}).items()
+    }
+    for event in lineage(events, "stopped_early").get("grpo", {}).values():
+        run.stopped_early = (
+            f"GRPO was stopped after step {event['step']}; its result is the policy of step {event.get('handed_on')}."
+        )
+    for name in run.alarms[max(run.alarms)].get("pictures", ()) if run.alarms else ():
+        path = folder / "grpo" / "watch" / "pictures" / Path(str(name)).name
+        if path.is_file() and (size := path.stat().st_size) <= budget:
+            budget -= size
+            run.alarm_pictures.append((path.stem, path.read_bytes()))
+        else:
+            run.lacking.append(f"The picture {path.name} of the gaming watch is missing or too large for this file.")
+
+
+def lineage(events: Iterable[Event], kind: str = "step") -> Steps:
+    """Events of steps as they count: what a rollback took back is gone, and a repeated one replaces the earlier."""
     steps: Steps = defaultdict(dict)
     for event in events:
         stage = event.get("stage", "grpo")
-        if event["event"] == "step":
+        if event["event"] == kind:
             steps[stage][event["step"]] = event
         elif event["event"] == "rollback":
             steps[stage] = {step: kept for step, kept in steps[stage].items() if step <= event["to_step"]}
@@ -212,7 +242,7 @@ def _say_what_stages_lack(run: RunData, events: Sequence[Event]) -> None:
     grpo = run.config.get("grpo")
     expected = ("grpo",) if isinstance(grpo, dict) and grpo.get("start") else TRAINED
     for stage in expected:
-        if stage == "rgb" and not run.config.get("rgb"):
+        if stage in ("rgb", "continued") and not run.config.get(stage):
             continue
         marks = [
             e["event"] for e in events if e.get("stage") == stage and e["event"] in ("stage_started", "stage_done")

@@ -1,28 +1,30 @@
 """The report as one HTML page that needs nothing else: no network, no file beside it.
 
-Whatever comes from a run goes through :func:`text`; the page's policy refuses every script but its own.
+Whatever comes from a run goes through ``text``; the page's policy refuses every script but its own.
 """
 
 import base64
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
 import yaml
 
-from pipeline.report_charts import Line, chart, interval_bar
+from pipeline.report_charts import Line, chart
 from pipeline.report_data import PictureRow, RunData, TaskPictures
+from pipeline.report_html import anchor, date, image, table, text
+from pipeline.report_results import headline, results
 from pipeline.report_style import SCRIPT, STYLE
-from rewards.metrics import HIGHER_IS_BETTER
+from pipeline.report_watch import alarm, watch
 
 BACKGROUNDS = ("checker", "black", "white", "magenta")
 SECTIONS = (
     "Results",
     "Pictures",
     "GRPO",
+    "Gaming watch",
     "VAE and SFT",
     "Time",
     "Groups and scores",
@@ -34,6 +36,7 @@ STAGE_WORDS = {
     "rgb": "RGB VAE",
     "vae": "VAE",
     "sft": "SFT",
+    "continued": "SFT continued",
     "grpo": "GRPO",
 }
 
@@ -41,7 +44,7 @@ STAGE_WORDS = {
 def render(runs: Sequence[RunData]) -> str:
     """The page of one run, or of several side by side."""
     title = " and ".join(run.name for run in runs)
-    bodies = (results, pictures, grpo_curves, supervised_curves, times, groups, data, configuration)
+    bodies = (results, pictures, grpo_curves, watch, supervised_curves, times, groups, data, configuration)
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     links = "".join(f'<a href="#{anchor(name)}">{name}</a>' for name in SECTIONS)
@@ -55,65 +58,13 @@ def render(runs: Sequence[RunData]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)} · omnialpha report</title><style>{STYLE}</style></head><body>"
         f"<header><h1>{text(title)}</h1>{''.join(headline(run, len(runs) > 1) for run in runs)}"
-        f"{facts(runs)}{lacking(runs)}<nav>{links}</nav></header><main>{sections}</main>"
+        f"{alarm(runs)}{facts(runs)}{lacking(runs)}<nav>{links}</nav></header><main>{sections}</main>"
         f"<footer><main>Written {date(time.time())} by omnialpha report.</main></footer>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def text(value: object) -> str:
-    """A value as HTML text, also inside quoted attributes."""
-    return escape(str(value), quote=True)
-
-
-def anchor(name: str) -> str:
-    return name.lower().replace(" ", "-")
-
-
-def date(seconds: float | None) -> str:
-    return "–" if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], kinds: str, classes: str = "") -> str:
-    """A table; ``kinds`` has a letter per column: ``n`` number, ``t`` text, ``h`` what is HTML already."""
-
-    def cell(kind: str, value: object) -> str:
-        shown = str(value) if kind == "h" else text(value)
-        return f"<td{' class=n' if kind == 'n' else ''}>{shown}</td>"
-
-    heads = "".join(f"<th{' class=n' if k == 'n' else ''}>{text(h)}</th>" for k, h in zip(kinds, head, strict=True))
-    body = "".join(f"<tr>{''.join(cell(k, v) for k, v in zip(kinds, row, strict=True))}</tr>" for row in rows)
-    whole = f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="{classes}">{whole}</table></div>'
-
-
 # ---- header ---------------------------------------------------------------------------------------------------------
-
-
-def verdict(row: Mapping[str, Any]) -> tuple[str, str]:
-    """(direction, quality) of a row: ``up`` or ``down`` and ``better`` or ``worse`` where the interval excludes 0."""
-    low, high = row.get("low"), row.get("high")
-    if low is None or high is None or low <= 0 <= high:
-        return "", ""
-    rises = low > 0
-    good = rises == HIGHER_IS_BETTER.get(str(row.get("quantity")), True)
-    return ("up" if rises else "down"), ("better" if good else "worse")
-
-
-def headline(run: RunData, named: bool) -> str:
-    """The run's result in one line."""
-    name = f"<b>{text(run.name)}</b>: " if named else ""
-    if run.results is None:
-        return f'<p class="headline">{name}no result yet</p>'
-    row = run.results["overall"]
-    if not row.get("n"):
-        return f'<p class="headline">{name}no record was scored under both policies</p>'
-    interval = f"95 % interval [{row['low']:+.4f}, {row['high']:+.4f}]"
-    return (
-        f'<p class="headline {verdict(row)[1]}">{name}On the {text(run.results["split"])} set, reward: '
-        f"SFT {row['sft']:.4f}, GRPO {row['grpo']:.4f}; paired difference GRPO − SFT "
-        f"<b>{row['difference']:+.4f}</b>, <span>{interval},</span> <span>n = {row['n']}</span></p>"
-    )
 
 
 def facts(runs: Sequence[RunData]) -> str:
@@ -157,96 +108,6 @@ def lacking(runs: Sequence[RunData]) -> str:
     return f'<div class="lacking">What is missing:<ul>{"".join(f"<li>{text(i)}</li>" for i in items)}</ul></div>'
 
 
-# ---- results --------------------------------------------------------------------------------------------------------
-
-
-def results(runs: Sequence[RunData]) -> str:
-    """Every row of every results.json; one table, the runs side by side."""
-    done = [run for run in runs if run.results]
-    if not done:
-        return "<p>No evaluation yet.</p>"
-    rows = {id(run): _rows(run) for run in done}
-    keys = list(dict.fromkeys(key for run in done for key in rows[id(run)]))
-    reach: dict[str, float] = {}
-    for run in done:
-        for (_, quantity), row in rows[id(run)].items():
-            ends = [abs(row[k]) for k in ("low", "high", "difference") if row.get(k) is not None]
-            reach[quantity] = max([reach.get(quantity, 0.0), *ends])
-    bars = len(done) == 1  # they and the words take room that two runs need to stand side by side
-    columns = ("SFT", "GRPO", "difference", "95 % interval", *([""] if bars else []), "", "n")
-    above = "".join(f'<th class="run from" colspan="{len(columns)}">{text(run.name)}</th>' for run in done)
-    sortable = [("task", ""), ("quantity", "")] + [
-        (name, "from n" if k == 0 else "n") for _ in done for k, name in enumerate(columns)
-    ]
-    heads = "".join(
-        f'<th class="{kind}" data-column="{k}"><button type="button">{name}</button></th>'
-        if name and name != "95 % interval"
-        else f'<th class="{kind}">{name}</th>'
-        for k, (name, kind) in enumerate(sortable)
-    )
-    body, before = "", None
-    for task, quantity in keys:
-        kind = "overall" if task == OVERALL else "first" if task != before else ""
-        cells = "".join(
-            _result_cells(rows[id(run)].get((task, quantity)), reach[quantity] if bars else None) for run in done
-        )
-        body += f'<tr class="{kind}"><td>{text(task)}</td><td>{text(quantity)}</td>{cells}</tr>'
-        before = task
-    groups = f'<tr><th colspan="2"></th>{above}</tr>' if len(runs) > 1 else ""
-    drawn = done[0].results.get("bootstrap", {}) if done[0].results else {}
-    return (
-        "<p>Paired difference GRPO − SFT on the same held-out records from the same noise, with its "
-        f"{text(drawn.get('interval', '95 % percentile'))} interval from {text(drawn.get('draws', '–'))} bootstrap "
-        f"draws over {text(drawn.get('resampled', 'photos and objects'))}. Rows whose interval excludes 0 are marked: "
-        f"the arrow is the direction, {'the word' if bars else '✓ or ✗'} says whether that is good. "
-        f"{'Bars are scaled per quantity. ' if bars else ''}A click on a heading sorts, a third one restores the "
-        f'order.</p><div class="scroll"><table class="results grouped {"" if bars else "side"}">'
-        f"<thead>{groups}<tr>{heads}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-OVERALL = "all RL tasks"
-
-
-def _rows(run: RunData) -> dict[tuple[str, str], dict[str, Any]]:
-    assert run.results is not None
-    listed = [{"task": OVERALL, **run.results["overall"]}, *run.results["rows"]]
-    return {(str(row["task"]), str(row["quantity"])): row for row in listed}
-
-
-def _result_cells(row: Mapping[str, Any] | None, reach: float | None) -> str:
-    """A run's cells in a row; ``reach`` scales the bar of the interval, None leaves it out."""
-    bar = "" if reach is None else "<td></td>"
-    if row is None:
-        return f'<td class="from n">–</td>{bar}' + "<td></td>" * 5
-    direction, quality = verdict(row)
-
-    def number(key: str, form: str, kind: str = "n") -> str:
-        value = row.get(key)
-        shown, raw = ("–", "") if value is None else (format(value, form), repr(value))
-        return f'<td class="{kind}" data-v="{text(raw)}">{shown}</td>'
-
-    interval = "<td></td>"
-    if row.get("low") is not None and row.get("high") is not None:
-        ends = f'data-low="{row["low"]!r}" data-high="{row["high"]!r}"'
-        interval = f'<td class="n" {ends}>[{row["low"]:+.4f}, {row["high"]:+.4f}]</td>'
-        if reach is not None:
-            bar = f"<td>{interval_bar(row['difference'], row['low'], row['high'], reach, quality)}</td>"
-    sign = {"up": "▲", "down": "▼"}.get(direction, "")
-    word = f" {quality}" if reach is not None else {"better": "✓", "worse": "✗"}.get(quality, "")
-    mark = f'<td class="{direction} {quality}" title="{quality}">{sign}{word}</td>' if direction else "<td></td>"
-    return (
-        number("sft", ".4f", "from n")
-        + number("grpo", ".4f")
-        + number("difference", "+.4f")
-        + interval
-        + bar
-        + mark
-        + number("n", "d")
-    )
-
-
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +131,7 @@ def pictures(runs: Sequence[RunData]) -> str:
 
 def _task(task: TaskPictures) -> str:
     if task.flat:
-        return f'<img class="flat" loading="lazy" alt="{text(task.task)}" src="{_image(task.flat)}">'
+        return f'<img class="flat" loading="lazy" alt="{text(task.task)}" src="{image(task.flat)}">'
     if not task.rows:
         return "<p>Too large for this file.</p>"
     head = "".join(f'<div class="head">{text(name)}</div>' for name in task.columns)
@@ -287,11 +148,7 @@ def _cell(cell: bytes | None, row: PictureRow, column: str) -> str:
     if cell is None:
         return "<div></div>"
     label = text(f"{column}, {row.layer}")
-    return f'<img alt="{label}" title="{label}" src="{_image(cell)}">'
-
-
-def _image(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<img alt="{label}" title="{label}" src="{image(cell)}">'
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------
@@ -342,16 +199,16 @@ def grpo_curves(runs: Sequence[RunData]) -> str:
 
 
 def supervised_curves(runs: Sequence[RunData]) -> str:
-    """Losses of the stages before GRPO."""
+    """Losses of the supervised stages."""
     parts = []
-    for stage, smooth in (("rgb", 9), ("vae", 9), ("sft", 9)):
+    for stage, smooth in (("rgb", 9), ("vae", 9), ("sft", 9), ("continued", 9)):
         lines = [curve(run, stage, "loss", run.name) for run in runs]
-        parts.append(chart(f"{stage.upper()} loss", lines, smooth, log=True))
+        parts.append(chart(f"{STAGE_WORDS[stage]} loss", lines, smooth, log=True))
         if stage == "vae" and len(runs) == 1:
             pieces = [curve(runs[0], "vae", key, key) for key in ("blend", "alpha", "colour")]
             parts.append(chart("VAE loss, parts", pieces, smooth, log=True))
         norms = [curve(run, stage, "max_grad_norm", run.name) for run in runs]
-        parts.append(chart(f"{stage.upper()} gradient norm", norms, smooth, log=True))
+        parts.append(chart(f"{STAGE_WORDS[stage]} gradient norm", norms, smooth, log=True))
     if not any(parts):
         return "<p>No step of either stage in this run.</p>"
     return f'<div class="charts">{"".join(parts)}</div>'

@@ -24,6 +24,10 @@ pre { margin: 8px 0; padding: 12px; overflow: auto; background: var(--wash); bor
 .headline.worse { border-color: var(--bad); }
 .lacking { margin-top: 14px; padding: 10px 16px; background: #fff6dd; border-left: 5px solid #d9a400;
   border-radius: 6px; overflow-wrap: anywhere; }
+.alarm { margin-top: 14px; padding: 10px 16px; background: #fde8e6; border-left: 5px solid var(--bad);
+  border-radius: 6px; overflow-wrap: anywhere; }
+.alarm ul { margin: 4px 0; padding-left: 20px; }
+td.primary::after { content: " \\2605"; color: var(--accent); }
 .lacking ul { margin: 4px 0; padding-left: 20px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

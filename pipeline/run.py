@@ -2,7 +2,8 @@
 
 runs/<name>/  identity.json config.yaml events.jsonl log.txt
               dataset/            unless config.dataset names another
-              vae/ sft/ grpo/     step-…/ training commits, final/ what the stage hands on
+              vae/ sft/ continued/ grpo/   step-…/ training commits, final/ what the stage hands on
+              grpo/watch/         looks of the gaming watch
               evaluate/final/     results.json, table.md, grids
 """
 

@@ -21,27 +21,39 @@ from pipeline.grpo import run_grpo
 from pipeline.report import report_finished
 from pipeline.report_data import environment
 from pipeline.run import Run
-from pipeline.train import run_rgb, run_sft, run_vae, starting_point
+from pipeline.train import run_continued, run_rgb, run_sft, run_vae, starting_point
 from policy.folder import load_vae, policy_digest
 from rewards.base import build, check_source, describe
 
 log = logging.getLogger("omnialpha")
 
-STAGES = ("rgb", "vae", "sft", "grpo", "evaluate")
-
 
 def stages_of(config: RunConfig) -> tuple[str, ...]:
-    """The stages of a whole run: those before ``grpo.start`` are not wanted, ``rgb`` only where it is configured."""
-    if config.grpo.start:
-        return ("grpo", "evaluate")
-    return STAGES if config.rgb else STAGES[1:]
+    """The stages of a whole run: not those before ``grpo.start``; ``rgb`` and ``continued`` where configured."""
+    before = () if config.grpo.start else (*_rgb(config), "vae", "sft")
+    return (*before, *_control(config), "grpo", "evaluate")
 
 
 def needs(config: RunConfig, stage: str) -> tuple[str, ...]:
     """Stages whose results a stage starts from."""
     sft = () if config.grpo.start else ("sft",)
-    rgb = ("rgb",) if config.rgb else ()
-    return {"rgb": (), "vae": rgb, "sft": ("vae",), "grpo": sft, "evaluate": (*sft, "grpo")}[stage]
+    compared = (*sft, *_control(config), "grpo")
+    return {
+        "rgb": (),
+        "vae": _rgb(config),
+        "sft": ("vae",),
+        "continued": ("vae", "sft"),
+        "grpo": sft,
+        "evaluate": compared,
+    }[stage]
+
+
+def _rgb(config: RunConfig) -> tuple[str, ...]:
+    return ("rgb",) if config.rgb else ()
+
+
+def _control(config: RunConfig) -> tuple[str, ...]:
+    return ("continued",) if config.control else ()
 
 
 def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
@@ -71,6 +83,11 @@ def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
 def _prepare(run: Run, todo: Sequence[str]) -> None:
     """Everything that can be found out without actors: earlier stages, scorers, data."""
     config = run.config
+    if "continued" in todo and not config.control:
+        why = "grpo.start leaves out the SFT stage" if config.continued else "continued is not set"
+        raise ConfigError(
+            f"this config does not continue SFT ({why}); set continued.steps and continued.lr, without grpo.start"
+        )
     for stage in todo:
         for needed in needs(config, stage):
             if needed not in todo:
@@ -175,6 +192,8 @@ def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
                     run_vae(run, actors.learner)
                 case "sft":
                     run_sft(run, actors.learner)
+                case "continued":
+                    run_continued(run, actors.learner)
                 case "grpo":
                     run_grpo(run, actors.learner, actors.rollouts, actors.rewards)
                 case "evaluate":
@@ -192,5 +211,5 @@ def ensure_dataset(config: RunConfig) -> None:
     """
     if config.dataset is None:
         build_dataset(config.data, config.dataset_folder, progress=log.info)
-    for split in ("train", config.evaluate.split):
+    for split in ("train", config.evaluate.split, *(("val",) if config.grpo.watch.every else ())):
         RecordDataset(config.dataset_folder, split)

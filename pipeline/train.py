@@ -1,4 +1,4 @@
-"""The two supervised stages, VAE and SFT: the same loop over stored records with another program."""
+"""The supervised stages, VAE, SFT and SFT continued: the same loop over stored records with another program."""
 
 import functools
 import logging
@@ -72,8 +72,32 @@ def run_sft(run: Run, learner: LearnerGroup) -> None:
     progress.finish(lambda folder: learner.export(folder / "model"))
 
 
-def _train(run: Run, stage: str, config: BatchedConfig, learner: LearnerGroup, make: functools.partial) -> Progress:
-    sampler = task_sampler(run, stage, config.tasks)
+def run_continued(run: Run, learner: LearnerGroup) -> None:
+    """Trains the SFT stage's policy on, with SFT's data and loss: what GRPO has to be better than."""
+    config, sft, control = run.config, run.config.sft, run.config.control
+    assert control is not None
+    vae_stage = run.require("vae", wanted_by="continued")
+    start = run.require("sft", wanted_by="continued") / "model"
+    make = functools.partial(
+        make_sft_program, sft.network, start, sft.lora, sft.objective, vae_stage, config.dataset_folder, config.seed
+    )
+    # It goes on in SFT's stream: records and noise that SFT has not had.
+    position = sft.steps * sft.micro_batches
+    progress = _train(run, "continued", control.stage(sft), learner, make, "sft", position)
+    progress.finish(lambda folder: learner.export(folder / "model"))
+
+
+def _train(
+    run: Run,
+    stage: str,
+    config: BatchedConfig,
+    learner: LearnerGroup,
+    make: functools.partial,
+    stream: str | None = None,
+    first: int = 0,
+) -> Progress:
+    """Trains on a stream of records, the stage's own or ``stream``, from position ``first`` on."""
+    sampler = task_sampler(run, stream or stage, config.tasks)
     engine = EngineConfig(zero_stage=config.zero_stage, ema=config.ema, precision=config.precision)
     size = learner.setup(make, config.optimiser, engine, config.steps)
     progress = Progress(run, stage, config.steps, config.commit_every)
@@ -83,7 +107,7 @@ def _train(run: Run, stage: str, config: BatchedConfig, learner: LearnerGroup, m
     for step in range(start, config.steps):
         items = []
         for k in range(config.micro_batches):
-            position = step * config.micro_batches + k
+            position = first + step * config.micro_batches + k
             draw = sampler.draw(position, config.micro_batch)
             items.append(
                 Item(Batch(position, draw), config.micro_batch, cost=get_task(draw.task).images, name=draw.task)
@@ -98,7 +122,7 @@ def _train(run: Run, stage: str, config: BatchedConfig, learner: LearnerGroup, m
         show = now - shown >= SHOW_EVERY_S or done == config.steps
         shown = now if show else shown
         run.record(stage, done, config.steps, line, record, show)
-        progress.after_step(done, learner.save, {"position": done * config.micro_batches})
+        progress.after_step(done, learner.save, {"position": first + done * config.micro_batches})
     return progress
 
 

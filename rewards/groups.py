@@ -13,7 +13,7 @@ from data.tasks import get_task
 from policy.group import GroupPixels
 from rewards.base import Scorer, Scores, build, reward_batch, run_scorer
 from rewards.combine import RewardConfig, active_terms, stack_scores
-from rewards.metrics import HIGHER_IS_BETTER, sample_metrics
+from rewards.metrics import goodness, sample_metrics
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Rescored:
     terms: dict[str, TermReport] = field(default_factory=lambda: defaultdict(TermReport))
     agreement: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     """Spearman's rank correlation within each group of (term, other term or ``metric:<name>``); a metric for which
-    lower is better counts negated, so that positive always means agreement."""
+    lower is better counts negated, a signed one by its distance from 0, so that positive always means agreement."""
     ranked: dict[str, list[tuple[float, int, int]]] = field(default_factory=lambda: defaultdict(list))
     """(score, number of the group, member) of every present score."""
     reasons: list[str] = field(default_factory=list)
@@ -145,10 +145,7 @@ def rescore(config: RewardConfig, groups: Iterable[GroupPixels]) -> Rescored:
 def _metrics(pixels: GroupPixels) -> dict[str, np.ndarray]:
     roles, targets = get_task(pixels.task).targets, torch.tensor(pixels.targets_LCHW)
     found = [sample_metrics(roles, torch.tensor(layers), targets) for layers in pixels.layers_GLCHW]
-    return {
-        f"metric:{name}": np.array([entry[name] if HIGHER_IS_BETTER[name] else -entry[name] for entry in found])
-        for name in found[0]
-    }
+    return {f"metric:{name}": np.array([goodness(name, entry[name]) for entry in found]) for name in found[0]}
 
 
 def _rank_correlation(a_G: np.ndarray, b_G: np.ndarray) -> float | None:

@@ -5,9 +5,11 @@ Records made from one photo or one object err together. Resampling records as if
 intervals that are too narrow.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from common.errors import DataError
 
@@ -46,6 +48,67 @@ def paired_bootstrap(
     Raises:
         DataError: no records, lengths that differ, a difference that is not finite, or no object.
     """
+    differences = _check(differences_N, photo_groups, object_groups, draws)
+    mean = float(differences.mean())
+    photos, objects = _count(photo_groups), _count(object_groups)
+    if photos <= 1 and objects <= 1:
+        return mean, float("nan"), float("nan")
+    low, high = np.percentile(_drawn_means(differences, photo_groups, object_groups, draws, seed), (2.5, 97.5))
+    return mean, float(low), float(high)
+
+
+def cluster_t_interval(
+    differences_N: Sequence[float] | np.ndarray,
+    photo_groups: Sequence[str | None],
+    object_groups: Sequence[str],
+    confidence: float = 0.95,
+    draws: int = 500,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean and an interval for confidences near 1: mean ± t·s with the standard error s of :func:`paired_bootstrap`.
+
+    A percentile interval cannot be had at such confidences: with few clusters its ends are those of the single
+    clusters, and it excludes 0 at any confidence when they happen to lie on one side. Student's t has one degree of
+    freedom less than there are photos or objects, whichever are fewer, and s is scaled up by √(n/(n−1)). Where every
+    record has its own photo, or its own object, only the other is resampled: the two-way draws would count the noise
+    of single records several times.
+
+    Args, returns and raises as :func:`paired_bootstrap`; low and high are NaN with fewer than two photos (where
+    records have any) or objects.
+    """
+    if not 0 < confidence < 1:
+        raise DataError(f"an interval of confidence {confidence} cannot be drawn; choose one between 0 and 1")
+    differences = _check(differences_N, photo_groups, object_groups, draws)
+    mean = float(differences.mean())
+    if _count(photo_groups) == len(differences):
+        photo_groups = [None] * len(differences)
+    elif _count(object_groups) == len(differences) and None not in photo_groups:
+        object_groups = [str(photo) for photo in photo_groups]
+        photo_groups = [None] * len(differences)
+    clusters = min(count for count in (_count(photo_groups), _count(object_groups)) if count)
+    if clusters < 2:
+        return mean, float("nan"), float("nan")
+    error = _drawn_means(differences, photo_groups, object_groups, draws, seed).std()
+    reach = stats.t.ppf((1 + confidence) / 2, clusters - 1) * error * math.sqrt(clusters / (clusters - 1))
+    return mean, mean - float(reach), mean + float(reach)
+
+
+def cluster_mean_interval(
+    values_N: Sequence[float] | np.ndarray, groups: Sequence[str], draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean and its 95 % percentile interval by the one-way cluster bootstrap: whole groups are resampled.
+
+    Args, returns and raises as :func:`paired_bootstrap`, of which it is the case without photos.
+    """
+    return paired_bootstrap(values_N, [None] * len(values_N), groups, draws, seed)
+
+
+def _check(
+    differences_N: Sequence[float] | np.ndarray,
+    photo_groups: Sequence[str | None],
+    object_groups: Sequence[str],
+    draws: int,
+) -> np.ndarray:
     differences = np.asarray(differences_N, np.float64)
     if differences.ndim != 1 or not len(differences):
         raise DataError(f"bootstrap got differences of shape {differences.shape}; pass one number per record")
@@ -61,14 +124,16 @@ def paired_bootstrap(
         raise DataError("bootstrap got a record without an object; give every record an object group")
     if draws < 1:
         raise DataError(f"bootstrap needs at least one draw, got {draws}; 2000 is usual")
+    return differences
 
+
+def _drawn_means(
+    differences: np.ndarray, photo_groups: Sequence[str | None], object_groups: Sequence[str], draws: int, seed: int
+) -> np.ndarray:
+    """The mean in each of ``draws`` two-way bootstrap draws."""
     photos, photo_N = _index([name for name in photo_groups if name is not None])
     objects, object_N = _index(object_groups)
     has_photo_N = np.array([name is not None for name in photo_groups])
-    mean = float(differences.mean())
-    if photos <= 1 and objects <= 1:
-        return mean, float("nan"), float("nan")
-
     rng = np.random.default_rng(seed)
     means: list[np.ndarray] = []
     missing = draws
@@ -82,18 +147,12 @@ def paired_bootstrap(
         drawn = total_D > 0
         means.append((weights_DN[drawn] @ differences) / total_D[drawn])
         missing -= int(drawn.sum())
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
-    return mean, float(low), float(high)
+    return np.concatenate(means)
 
 
-def cluster_mean_interval(
-    values_N: Sequence[float] | np.ndarray, groups: Sequence[str], draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean and its 95 % percentile interval by the one-way cluster bootstrap: whole groups are resampled.
-
-    Args, returns and raises as :func:`paired_bootstrap`, of which it is the case without photos.
-    """
-    return paired_bootstrap(values_N, [None] * len(values_N), groups, draws, seed)
+def _count(names: Sequence[str | None]) -> int:
+    """Number of distinct names."""
+    return len(set(names) - {None})
 
 
 def _index(names: Sequence[str]) -> tuple[int, np.ndarray]:

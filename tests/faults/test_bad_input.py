@@ -63,6 +63,18 @@ def test_a_configuration_mistake_names_the_key_and_the_remedy(capsys, override, 
         assert part in message, message
 
 
+@pytest.mark.parametrize(
+    ("override", "why"), [("continued=null", "continued is not set"), ("grpo.start=policy", "grpo.start leaves out")]
+)
+def test_the_control_of_a_run_that_has_none_is_refused_before_anything_starts(capsys, tmp_path, override, why):
+    code, message = run_main(
+        capsys, "continued", "tiny", f"run_dir={tmp_path / 'run'}", "tracking.wandb=disabled", override
+    )
+    assert code == 2
+    assert why in message
+    assert "continued.steps" in message
+
+
 def test_an_unknown_config_lists_the_shipped_ones(capsys):
     code, message = run_main(capsys, "run", "dmeo")
     assert code == 2

@@ -35,7 +35,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_uninterrupte
                 driver.wait()
                 print(f"killed after {limit:.1f} s")  # noqa: T201
                 wait_until(lambda: not processes_of(killed), 30, "the end of the killed run's processes")
-    for stage in ("vae", "sft", "grpo"):
+    for stage in ("vae", "sft", "continued", "grpo"):
         ours, theirs = weights_of(killed, stage), weights_of(quiet, stage)
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)

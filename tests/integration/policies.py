@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from actors.rollout import RolloutActor, RolloutSetup
 from data.records import RecordDataset
+from data.sampler import Draw
 from policy.adapters import LoraConfig
 from policy.dit import DitConfig, build_dit
 from policy.folder import save_policy
 from policy.group import GroupRequest, GroupTrajectory, Recording
 from policy.kernels import KernelConfig
+from policy.programs import Batch, VaeLossConfig, VaeProgram
 from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig, WindowConfig
 from policy.text import TEXT_DIM
@@ -24,10 +27,14 @@ SAMPLING = SamplingConfig(schedule=ScheduleConfig(steps=5), window=WindowConfig(
 OBJECTIVE = GrpoConfig(clip_range=1e-3)
 
 
-def write_policy(folder: Path) -> Path:
-    """A random policy whose velocity is not zero, so that every part of it matters."""
-    vae = build_vae(VaeConfig(channels=(8, 16), latent_channels=4, norm_groups=4), seed=1)
-    set_latent_statistics(vae, torch.zeros(4), torch.ones(4))
+VAE = VaeConfig(channels=(8, 16), latent_channels=4, norm_groups=4)
+
+
+def write_policy(folder: Path, vae: AutoencoderKL | None = None) -> Path:
+    """A random policy whose velocity is not zero, so that every part of it matters; its VAE is random or given."""
+    if vae is None:
+        vae = build_vae(VAE, seed=1)
+        set_latent_statistics(vae, torch.zeros(4), torch.ones(4))
     transformer = build_dit(DitConfig(layers=2, heads=2, head_dim=12, rope_axes=(4, 4, 4)), 4, TEXT_DIM, seed=2)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -35,6 +42,26 @@ def write_policy(folder: Path) -> Path:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     save_policy(folder, vae, transformer)
     return folder
+
+
+def trained_vae(dataset: Path, steps: int = 200) -> AutoencoderKL:
+    """A VAE that has seen enough of the training split to decode alpha: a random one decodes everything opaque."""
+    vae = build_vae(VAE, seed=1)
+    program, draw = VaeProgram(vae, VaeLossConfig(), dataset, seed=0), np.random.default_rng(0)
+    data = RecordDataset(dataset, "train")
+    optimiser = torch.optim.Adam(program.module.parameters(), lr=5e-3)
+    for position in range(steps):
+        indices = draw.integers(0, len(data), 4)
+        loss = program.loss(program.module, Batch(position, Draw(data.cheap(int(indices[0])).task, indices)))
+        optimiser.zero_grad()
+        (loss.total / loss.count).backward()
+        optimiser.step()
+    with torch.no_grad():
+        samples = [data.record(k).decode() for k in range(len(data))]
+        images = [image for sample in samples for image in (*sample.inputs, *sample.targets_LCHW)]
+        latents = vae.encode(torch.stack(images) * 2 - 1).latent_dist.mean
+    set_latent_statistics(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+    return vae
 
 
 def rolled_out(policy: Path, dataset: Path, groups: int, members: int = 3) -> list[tuple[GroupTrajectory, np.ndarray]]:

@@ -50,7 +50,7 @@ class Bench:
         base = [
             f"run_dir={folder}", f"dataset={self.dataset}", f"grpo.start={self.policy}", "grpo.steps=5",
             "grpo.prompts=5", "grpo.group=3", "grpo.optimiser.lr=1e-3", "grpo.pictures_every=100",
-            "tracking.wandb=disabled", "keep_commits=1",
+            "tracking.wandb=disabled", "keep_commits=1", "grpo.watch.every=0",
         ]  # fmt: skip
         return load_config("tiny", [*base, *VARIANTS[variant], *overrides])
 

@@ -81,11 +81,13 @@ def test_the_whole_loop_runs_from_a_folder_with_clashing_names(finished):
 
 def test_every_stage_leaves_a_verifiable_result(finished):
     run, _ = finished
-    for stage in ("vae", "sft", "grpo", "evaluate"):
+    for stage in ("vae", "sft", "continued", "grpo", "evaluate"):
         verify(run / stage / "final")
-    before, after = weights_of(run, "sft"), weights_of(run, "grpo")
-    assert before.keys() == after.keys()
-    assert any((before[name] != after[name]).any() for name in before)
+    before = weights_of(run, "sft")
+    for stage in ("continued", "grpo"):
+        after = weights_of(run, stage)
+        assert before.keys() == after.keys()
+        assert any((before[name] != after[name]).any() for name in before)
 
 
 def test_the_evaluation_leaves_a_table_results_and_pictures(finished):
@@ -93,12 +95,34 @@ def test_the_evaluation_leaves_a_table_results_and_pictures(finished):
     final = run / "evaluate" / "final"
     results = json.loads((final / "results.json").read_text())
     assert results["overall"]["n"] > 0
-    assert {"low", "high", "difference", "sft", "grpo"} <= results["overall"].keys()
+    assert {"low", "high", "difference", "sft", "continued", "grpo"} <= results["overall"].keys()
+    assert results["overall"]["over_continued"].keys() == {"difference", "low", "high"}
+    assert {stage: entry["steps"] for stage, entry in results["training"].items()} == {
+        "sft": 4,
+        "continued": 2,
+        "grpo": 4,
+    }
+    index = json.loads((final / "cells" / "automatic_matting" / "index.json").read_text())
+    assert index["columns"] == ["input", "SFT", "SFT continued", "GRPO", "truth"]
+    assert "primary, automatic_matting: better than SFT and SFT continued: " in (final / "table.md").read_text()
     assert (final / "table.md").read_text().count("|") > 20
     assert (final / "automatic_matting.png").read_bytes().startswith(b"\x89PNG")
     assert list((final / "cells" / "automatic_matting").glob("*.png"))
     assert f"{results['overall']['difference']:+.4f}" in (run / "report.html").read_text()
     assert list((run / "grpo" / "pictures").glob("*.png"))
+
+
+def looks(run: Path) -> dict[int, list[dict]]:
+    found = [json.loads(path.read_text()) for path in sorted((run / "grpo" / "watch").glob("look-*.json"))]
+    return {look["step"]: look["entries"] for look in found}
+
+
+def test_the_gaming_watch_looked_before_training_and_when_it_was_due(finished):
+    run, _ = finished
+    assert list(looks(run)) == [0, 2, 4]
+    judged = [event["step"] for event in read_events(run / "events.jsonl") if event["event"] == "watch"]
+    assert judged == [2, 4]
+    assert all(entry["metrics"] for entries in looks(run).values() for entry in entries)
 
 
 def test_stored_rollouts_are_those_that_were_scored(finished):
@@ -147,7 +171,7 @@ def test_the_same_command_again_skips_what_is_done(finished, real_dataset):
         command(run, real_dataset), env=environment(run), capture_output=True, text=True, timeout=120
     )
     assert again.returncode == 0
-    assert again.stdout.count("done, skipped") == 4
+    assert again.stdout.count("done, skipped") == 5
 
 
 def kill_at(run: Path, dataset: Path, stage: str, step: int) -> None:
@@ -168,18 +192,24 @@ def kill_at(run: Path, dataset: Path, stage: str, step: int) -> None:
     wait_until(lambda: not processes_of(run), 30, "the end of the killed run's processes")
 
 
+@pytest.mark.timeout(1200)  # five starts of Ray
 def test_a_run_killed_in_every_stage_ends_with_the_weights_of_an_uninterrupted_one(
     finished, tmp_path_factory, real_dataset
 ):
     run = tmp_path_factory.mktemp("runs") / "killed"
-    for stage in ("vae", "sft", "grpo"):
-        kill_at(run, real_dataset, stage, 1 if stage == "sft" else 3)
+    for stage in ("vae", "sft", "continued", "grpo"):
+        kill_at(run, real_dataset, stage, 1 if stage in ("sft", "continued") else 3)
     done = subprocess.run(command(run, real_dataset), env=environment(run), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    for stage in ("vae", "sft", "grpo"):
+    for stage in ("vae", "sft", "continued", "grpo"):
         ours, theirs = weights_of(run, stage), weights_of(finished[0], stage)
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+    ours, theirs = looks(run), looks(finished[0])
+    assert ours.keys() == theirs.keys()
+    for step in ours:
+        assert [e["record"] for e in ours[step]] == [e["record"] for e in theirs[step]]
+        assert [e["reward"] for e in ours[step]] == pytest.approx([e["reward"] for e in theirs[step]], abs=1e-5)
     balance = group_balance(read_events(run / "events.jsonl"))
     accounted = sum(count for key, count in balance.items() if key != "launched")
     assert balance["launched"] == accounted

@@ -87,6 +87,7 @@ def make_run(
     size: int = 16,
     offset: float = 0.0,
     overrides: tuple[str, ...] = (),
+    results: dict | None = None,
 ) -> Path:
     config = load_config("tiny", [f"run_dir={folder}", "grpo.steps=6", "tracking.wandb=disabled", *overrides])
     write_atomic(folder / "identity.json", json.dumps(config.identity(), indent=1, sort_keys=True) + "\n")
@@ -97,7 +98,7 @@ def make_run(
     events = EventLog(folder / "events.jsonl", attempt=1)
     events.write("run_started", config=config.identity_hash(), pid=1)
     events.write("environment", **environment())
-    for stage in ("vae", "sft"):
+    for stage in ("vae", "sft", "continued"):
         events.write("stage_started", stage=stage)
         for step in range(1, 5):
             events.write("step", stage=stage, step=step, loss=1.0 / step, max_grad_norm=2.0, max_seconds=0.25)
@@ -135,7 +136,7 @@ def make_run(
         (made / "weights").write_text("grpo")
         commit(made, folder / "grpo" / "final", {"step": 6, "config": config.identity_hash()})
         made = begin(folder / "evaluate" / "final")
-        (made / "results.json").write_text(json.dumps(results_of(offset)))
+        (made / "results.json").write_text(json.dumps(results or results_of(offset)))
         pair = [[pixels(prompt, size, seed=seed)] for seed in (1, 2)]
         RewardActor(config.rewards, 1).draw_comparison(made / "automatic_matting.png", ["SFT", "GRPO"], 4, *pair)
         if not cells:

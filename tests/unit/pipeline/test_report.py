@@ -133,7 +133,7 @@ def test_curves_have_a_point_per_step_with_its_value_as_title(page):
         assert f"layer, step {step}: 0.25" in page.text
     labels = {a.get("aria-label") for a in page.all("svg")}
     assert {"Mean ratio − 1", "Clip fraction", "Approximate KL per update", "Gradient norm", "Reward spread"} <= labels
-    assert {"VAE loss", "SFT loss", "Reward terms", "Reward per task"} <= labels
+    assert {"VAE loss", "SFT loss", "SFT continued loss", "Reward terms", "Reward per task"} <= labels
 
 
 def test_groups_and_missing_scores_are_counted(run, page):

@@ -168,29 +168,101 @@ def test_old_log_probabilities_are_recomputed_only_where_there_are_any():
     assert not load_config("tiny", [recomputed, "grpo.algorithm=nft"]).grpo.recompute
 
 
-def test_a_whole_run_has_four_stages_each_of_which_needs_the_result_of_those_before():
+def test_a_whole_run_has_stages_each_of_which_needs_the_result_of_those_before():
     config = load_config("tiny")
-    assert stages_of(config) == ("vae", "sft", "grpo", "evaluate")
+    assert stages_of(config) == ("vae", "sft", "continued", "grpo", "evaluate")
     assert {stage: needs(config, stage) for stage in stages_of(config)} == {
         "vae": (),
         "sft": ("vae",),
+        "continued": ("vae", "sft"),
         "grpo": ("sft",),
-        "evaluate": ("sft", "grpo"),
+        "evaluate": ("sft", "continued", "grpo"),
     }
+
+
+def test_without_the_control_stage_a_run_is_what_it_was_before_there_was_one():
+    config = load_config("tiny", ["continued=null"])
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"primary": {}})})
+    assert stages_of(config) == ("vae", "sft", "grpo", "evaluate")
+    assert needs(config, "evaluate") == ("sft", "grpo")
+    identity = config.identity()
+    assert "continued" not in identity
+    assert "primary" not in identity["evaluate"]
+    assert "watch" not in identity["grpo"]
+
+
+def test_the_control_goes_on_with_the_settings_of_sft_at_a_constant_rate():
+    config = load_config("tiny", ["sft.optimiser.warmup=7", "sft.micro_batch=3"])
+    assert config.control is not None
+    stage = config.control.stage(config.sft)
+    assert (stage.steps, stage.commit_every) == (2, 1)
+    assert (stage.optimiser.lr, stage.optimiser.warmup, stage.optimiser.decay) == (1.5e-4, 0, "constant")
+    assert (stage.micro_batch, stage.tasks, stage.ema, stage.objective) == (
+        3,
+        config.sft.tasks,
+        config.sft.ema,
+        config.sft.objective,
+    )
+
+
+def test_the_control_and_the_primary_metrics_belong_to_the_run():
+    plain, *others = (
+        load_config("tiny", overrides).identity_hash()
+        for overrides in (
+            [],
+            ["continued.steps=3"],
+            ["continued.lr=0.1"],
+            ["continued=null"],
+            ["evaluate.primary.mask_matting=[soft_iou]"],
+        )
+    )
+    assert plain not in others
+    assert plain == load_config("tiny", ["continued.commit_every=2"]).identity_hash()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "words"),
+    [
+        (["evaluate.primary.make_coffee=[soft_iou]"], "evaluate", ["unknown task 'make_coffee'"]),
+        (["evaluate.primary.mask_matting=[soft_uoi]"], "evaluate", ["primary.mask_matting", "'soft_uoi'", "soft_iou"]),
+        (["evaluate.primary.mask_matting=[alpha_coverage]"], "evaluate", ["not a metric with a direction"]),
+        (
+            ["evaluate.primary.object_removal=[soft_iou]"],
+            "evaluate",
+            ["primary.object_removal", "soft_iou needs a layer"],
+        ),
+        (["evaluate.primary.mask_matting=[]"], "evaluate", ["at least one metric"]),
+        (
+            ["evaluate.primary.mask_matting=[psnr_white]"],
+            "(root)",
+            ["evaluate.primary.mask_matting", "psnr_white", "reward term 'layer'"],
+        ),
+        (["continued.lr=0"], "continued.lr", ["greater than 0"]),
+        (["continued.optimiser.lr=1"], "continued.optimiser", ["unknown key", "lr"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else None,
+)
+def test_a_proof_that_could_prove_nothing_is_refused(overrides, key, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", overrides)
+    message = str(caught.value)
+    assert f": {key}: " in message
+    for word in words:
+        assert word in message, message
 
 
 def test_a_run_that_starts_from_a_policy_has_and_needs_no_stages_before_grpo():
     config = load_config("tiny", ["grpo.start=policy"])
     assert stages_of(config) == ("grpo", "evaluate")
     assert needs(config, "grpo") == ()
-    assert needs(config, "evaluate") == ("grpo",)
+    assert needs(config, "evaluate") == ("grpo",)  # nor a control, which goes on with SFT
     assert needs(config, "sft") == ("vae",)  # asked for by name it is what it was
 
 
 @pytest.mark.parametrize("overrides", [["vae.start=policy"], ["vae.start=policy", "sft.start=policy"]])
 def test_a_start_of_an_earlier_stage_leaves_out_none(overrides):
     config = load_config("tiny", overrides)
-    assert stages_of(config) == ("vae", "sft", "grpo", "evaluate")
+    assert stages_of(config) == ("vae", "sft", "continued", "grpo", "evaluate")
     assert needs(config, "sft") == ("vae",)
 
 

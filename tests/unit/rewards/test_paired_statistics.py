@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
-from rewards.statistics import cluster_mean_interval, paired_bootstrap
+from rewards.statistics import cluster_mean_interval, cluster_t_interval, paired_bootstrap
 
 
 def crossed(rng: np.random.Generator, side: int, photo: float, thing: float, noise: float) -> np.ndarray:
@@ -134,3 +134,51 @@ def test_one_cluster_has_no_interval():
 def test_unusable_records_are_refused(differences, photos, objects, draws, words):
     with pytest.raises(DataError, match=words):
         paired_bootstrap(differences, photos, objects, draws)
+
+
+def test_the_t_interval_agrees_with_the_percentile_one_where_there_are_many_clusters():
+    differences = crossed(np.random.default_rng(9), 40, photo=1.0, thing=0.5, noise=0.5)
+    t, percentile = (f(differences, *names(40), seed=0) for f in (cluster_t_interval, paired_bootstrap))
+    assert t[0] == percentile[0]
+    assert t == pytest.approx(percentile, abs=0.08)
+
+
+def test_at_high_confidence_few_clusters_are_not_believed_by_the_t_interval():
+    """Four objects on one side of 0: chance in one of eight cases, and no percentile interval can say so."""
+    differences, objects = [0.1, 0.2, 0.3, 0.2], list("abcd")
+    assert cluster_mean_interval(differences, objects)[1] > 0
+    _, low, high = cluster_t_interval(differences, [None] * 4, objects, confidence=0.999)
+    assert low < 0 < high
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.995])
+@pytest.mark.parametrize("own", [True, False], ids=["own photos", "shared photos"])
+def test_the_t_interval_covers_the_true_mean_as_often_as_it_says(confidence, own):
+    draw, trials, side, missed = np.random.default_rng(10), 300, 5, 0
+    for trial in range(trials):
+        if own:
+            differences, photos = draw.standard_normal(10), [str(k) for k in range(10)]
+            objects = photos
+        else:
+            differences, (photos, objects) = crossed(draw, side, photo=1.0, thing=1.0, noise=0.2), names(side)
+        _, low, high = cluster_t_interval(differences, photos, objects, confidence, draws=150, seed=trial)
+        missed += not low <= 0 <= high
+    assert missed / trials <= (1 - confidence) + 3 * math.sqrt((1 - confidence) / trials)
+
+
+def test_where_every_record_has_its_own_clusters_the_t_interval_is_not_too_wide():
+    differences = np.random.default_rng(3).standard_normal(400)
+    own = [str(index) for index in range(400)]
+    assert width(cluster_t_interval(differences, own, own)) == pytest.approx(2 * 1.96 / 20, rel=0.1)
+    photos = [str(index // 4) for index in range(400)]
+    plain = cluster_t_interval(differences, photos, own)
+    assert plain == cluster_t_interval(differences, [None] * 400, photos)
+
+
+def test_the_t_interval_refuses_what_it_cannot_use_and_is_none_for_one_cluster():
+    for objects in (["x", "y", "z"], ["x", "y", "y"], ["x", "x", "x"]):
+        assert math.isnan(cluster_t_interval([1.0, 2.0, 3.0], ["a", "a", "a"], objects)[1])
+    with pytest.raises(DataError, match="confidence 1"):
+        cluster_t_interval([1.0, 2.0], ["a", "b"], ["x", "y"], confidence=1.0)
+    with pytest.raises(DataError, match="one of each per record"):
+        cluster_t_interval([1.0, 2.0], ["a"], ["x", "y"])

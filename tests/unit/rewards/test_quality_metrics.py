@@ -6,7 +6,7 @@ import torch
 
 from common.errors import RewardError
 from rewards.matting import connectivity_error, gradient_error
-from rewards.metrics import HIGHER_IS_BETTER, sample_metrics
+from rewards.metrics import HIGHER_IS_BETTER, NEEDS_ROLE, clearly, goodness, sample_metrics
 
 
 @pytest.fixture
@@ -35,7 +35,14 @@ def test_metrics_equal_their_formulas(pair):
         "alpha_grad": gradient_error(p_front[3], t_front[3]),  # derived in test_matting.py
         "alpha_conn": connectivity_error(p_front[3], t_front[3]),
         "soft_iou": np.minimum(p_front[3], t_front[3]).sum() / np.maximum(p_front[3], t_front[3]).sum(),
+        "alpha_coverage": p_front[3].mean() - t_front[3].mean(),
         "rgb_l1": np.mean(rgb),
+        "rgb_l1_alpha": np.mean(
+            [
+                (np.abs(p[:3] - t[:3]).mean(axis=0) * t[3]).sum() / t[3].sum()
+                for p, t in ((p_back, t_back), (p_front, t_front))
+            ]
+        ),
         "psnr_white": (psnr(p_back, t_back) + psnr(p_front, t_front)) / 2,
         "background_psnr": psnr(p_back, t_back),
     }
@@ -56,8 +63,10 @@ def test_a_perfect_prediction_reaches_the_best_value_of_every_metric(pair):
         "alpha_sad": 0.0,
         "alpha_grad": 0.0,
         "alpha_conn": 0.0,
+        "alpha_coverage": 0.0,
         "soft_iou": 1.0,
         "rgb_l1": 0.0,
+        "rgb_l1_alpha": 0.0,
         "psnr_white": 100.0,
         "background_psnr": 100.0,
     }
@@ -66,13 +75,59 @@ def test_a_perfect_prediction_reaches_the_best_value_of_every_metric(pair):
 def test_metrics_improve_in_their_direction(pair):
     layers, targets = pair
     far, near = (sample_metrics(("background", "foreground"), targets.lerp(layers, x), targets) for x in (0.8, 0.2))
-    for name, higher in HIGHER_IS_BETTER.items():
-        assert (near[name] > far[name]) == higher, name
+    for name in HIGHER_IS_BETTER:
+        assert goodness(name, near[name]) > goodness(name, far[name]), name
+
+
+def test_coverage_says_whether_foregrounds_are_left_out_or_added(pair):
+    _, targets = pair
+    less, more = targets.clone(), targets.clone()
+    less[1, 3] *= 0.5
+    more[1, 3] = 0.5 + 0.5 * more[1, 3]
+    roles = ("background", "foreground")
+    assert (
+        sample_metrics(roles, less, targets)["alpha_coverage"]
+        < 0
+        < sample_metrics(roles, more, targets)["alpha_coverage"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("quantity", "low", "high", "expected"),
+    [
+        ("soft_iou", 0.1, 0.2, "better"),
+        ("alpha_mad", 0.1, 0.2, "worse"),
+        ("alpha_mad", -0.2, -0.1, "better"),
+        ("reward", -0.2, -0.1, "worse"),
+        ("term/mine", 0.1, 0.2, "better"),
+        ("soft_iou", -0.1, 0.2, ""),
+        ("soft_iou", 0.0, 0.2, ""),
+        ("soft_iou", float("nan"), float("nan"), ""),
+        ("soft_iou", None, None, ""),
+        ("alpha_coverage", 0.1, 0.2, ""),
+    ],
+)
+def test_an_interval_is_good_or_bad_only_where_it_excludes_zero_and_the_metric_has_a_direction(
+    quantity, low, high, expected
+):
+    assert clearly(quantity, low, high) == expected
+
+
+def test_the_metrics_that_a_sample_has_are_those_whose_layers_it_has(pair):
+    layers, targets = pair
+    for role in ("background", "foreground"):
+        found = sample_metrics((role,), layers[1:], targets[1:])
+        assert set(found) == {name for name in HIGHER_IS_BETTER if NEEDS_ROLE.get(name) in (None, role)}
 
 
 def test_metrics_without_a_layer_to_measure_are_left_out(pair):
     layers, targets = pair
-    assert set(sample_metrics(("background",), layers[:1], targets[:1])) == {"rgb_l1", "psnr_white", "background_psnr"}
+    assert set(sample_metrics(("background",), layers[:1], targets[:1])) == {
+        "rgb_l1",
+        "rgb_l1_alpha",
+        "psnr_white",
+        "background_psnr",
+    }
     alone = sample_metrics(("foreground",), layers[1:], targets[1:])
     assert "background_psnr" not in alone
     assert "alpha_mad" in alone
