@@ -33,7 +33,9 @@ class Rollouts:
 
     calls: list[list[GroupRequest]] = field(default_factory=list)
 
-    def sample(self, requests: Sequence[GroupRequest]) -> list[Group]:
+    def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float]) -> list[Group]:
+        assert len(costs) == len(requests)
+        assert min(costs) >= 1
         self.calls.append(list(requests))
         return [Group(request, "meta", f"trajectory {request.name}", "pixels") for request in requests]
 
