@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, OmniAlphaError
-from pipeline import data_import, export, report, reward_commands, sample
+from pipeline import data_import, export, report, reward_commands, sample, vae_convert
 
 log = logging.getLogger("omnialpha")
 
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     reward_commands.register(commands)
     sample.register(commands)
     export.register(commands)
+    vae_convert.register(commands)
     return parser
 
 
