@@ -153,7 +153,7 @@ def _load(kind, folder: Path, part: str):
                 f"{folder / part}: is of class {found}, this version trains {kind.__name__}; name another folder"
             )
         return kind.from_pretrained(folder, subfolder=part, local_files_only=True, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / part}: cannot be loaded ({str(error).splitlines()[0]})") from None
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
-from tiny_models import VAE
+from tiny_models import VAE, qwen_vae
 
 from common.commit import verify
 from common.errors import CheckpointError
@@ -14,25 +14,7 @@ from policy.folder import load_vae
 from policy.foreign import WEIGHTS, load_rgb_vae
 from policy.vae import build_vae, opaque
 
-
-def qwen(channels=3):
-    """The class of Qwen-Image's VAE with random weights in every layer, f8 as the real one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        vae = AutoencoderKLQwenImage(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 2, 2, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            input_channels=channels,
-            latents_mean=[0.1, 0.2, 0.3, 0.4],
-            latents_std=[1.0, 2.0, 3.0, 4.0],
-        )
-    return vae.eval().requires_grad_(False)
-
-
-MAKERS = {"AutoencoderKL": lambda: build_vae(VAE, 3, image_channels=3).eval(), "AutoencoderKLQwenImage": qwen}
+MAKERS = {"AutoencoderKL": lambda: build_vae(VAE, 3, image_channels=3).eval(), "AutoencoderKLQwenImage": qwen_vae}
 
 
 @pytest.fixture(params=MAKERS)
@@ -84,7 +66,7 @@ def test_conversion_leaves_the_global_random_state_and_the_rgb_vae_alone(rgb):
 
 @torch.no_grad()
 def test_several_frames_of_a_video_vae_keep_their_colours_too():
-    rgb = qwen()
+    rgb = qwen_vae()
     made, video = opaque(rgb).eval(), pixels(rgb, 1, 8).expand(-1, -1, 5, -1, -1).contiguous()
     latents = rgb.encode(video[:, :3]).latent_dist.mean
     torch.testing.assert_close(made.encode(video).latent_dist.mean, latents, atol=1e-6, rtol=0)
@@ -116,7 +98,7 @@ def test_a_converted_vae_of_the_projects_own_class_loads_as_such(tmp_path):
 
 
 def test_a_vae_of_another_class_is_refused_where_training_would_load_it(tmp_path):
-    qwen(4).save_pretrained(tmp_path / "vae")
+    qwen_vae(4).save_pretrained(tmp_path / "vae")
     with pytest.raises(CheckpointError, match="is of class AutoencoderKLQwenImage, this version trains"):
         load_vae(tmp_path)
 
@@ -132,7 +114,7 @@ def fails(capsys, *arguments):
 
 @pytest.mark.parametrize("channels", [4, 1])
 def test_a_vae_with_other_than_three_channels_is_refused(tmp_path, capsys, channels):
-    qwen(channels).save_pretrained(tmp_path / "vae")
+    qwen_vae(channels).save_pretrained(tmp_path / "vae")
     error = fails(capsys, tmp_path, tmp_path / "out")
     assert f"has {channels} image channels" in error
     assert ("RGBA VAE already" in error) == (channels == 4)
@@ -148,7 +130,7 @@ def test_a_folder_without_a_vae_or_with_another_model_is_refused(tmp_path, capsy
 
 
 def test_pickled_weights_are_refused_and_never_opened(tmp_path, capsys):
-    qwen().save_pretrained(tmp_path / "vae", safe_serialization=False)
+    qwen_vae().save_pretrained(tmp_path / "vae", safe_serialization=False)
     assert [path.suffix for path in (tmp_path / "vae").glob("diffusion*")] == [".bin"]
     error = fails(capsys, tmp_path, tmp_path / "out")
     assert "pickled weights (diffusion_pytorch_model.bin)" in error
@@ -164,7 +146,7 @@ def test_pickled_weights_are_refused_and_never_opened(tmp_path, capsys):
     ],
 )
 def test_missing_and_damaged_weights_are_one_message(tmp_path, capsys, damage, message):
-    qwen().save_pretrained(tmp_path / "vae")
+    qwen_vae().save_pretrained(tmp_path / "vae")
     damage(tmp_path / "vae" / WEIGHTS)
     assert message in fails(capsys, tmp_path, tmp_path / "out")
 
@@ -172,7 +154,7 @@ def test_missing_and_damaged_weights_are_one_message(tmp_path, capsys, damage, m
 def test_weights_that_do_not_belong_to_the_config_are_refused(tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
-    qwen().save_pretrained(tmp_path / "vae")
+    qwen_vae().save_pretrained(tmp_path / "vae")
     weights = load_file(tmp_path / "vae" / WEIGHTS)
     partial = {name: value for name, value in weights.items() if name != "encoder.conv_in.weight"}
     save_file(partial, tmp_path / "vae" / WEIGHTS)
@@ -187,9 +169,9 @@ def test_an_existing_folder_is_not_touched(tmp_path, capsys):
 
 
 def test_weights_in_several_files_are_read_alike(tmp_path):
-    qwen().save_pretrained(tmp_path / "vae", max_shard_size="20KB")
+    qwen_vae().save_pretrained(tmp_path / "vae", max_shard_size="20KB")
     assert len(list((tmp_path / "vae").glob("*.safetensors"))) > 1
     assert main(["vae-convert", str(tmp_path), str(tmp_path / "out")]) == 0
-    expected = opaque(qwen()).state_dict()
+    expected = opaque(qwen_vae()).state_dict()
     made = load_rgb_vae(tmp_path / "out").state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in made.items())
