@@ -7,6 +7,7 @@ faults show at once; the second reads one image at a time and writes shards of b
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ SHARD_BYTES = 256 * 2**20
 GROUP_BYTES = 16 * 2**20
 """Encoded images in one row group about, which bounds the memory of reading."""
 SHOWN_FAULTS = 5
+PROGRESS_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,11 @@ def _import(sources: Sequence[Source], folder: Path, options: ImportOptions, pro
     progress(f"import: {len(planned)} rows with sound texts and paths")
     writer = _Writer(folder, options.shard_rows, progress)
     used: dict[str, set[str]] = {split: set() for split in SPLITS}
-    for plan in planned:
+    said = time.monotonic()
+    for number, plan in enumerate(planned):
+        if time.monotonic() - said >= PROGRESS_S:
+            said = time.monotonic()
+            progress(f"import: {number} of {len(planned)} rows read")
         try:
             record = _record(plan, options)
         except DataError as error:

@@ -345,6 +345,14 @@ def test_shards_are_bounded_in_rows_and_in_bytes(tmp_path, bring, monkeypatch):
     assert by_bytes.content_digest == by_rows.content_digest
 
 
+def test_long_imports_say_how_far_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(importer, "PROGRESS_S", 0)
+    source = write_jsonl(tmp_path / "a.jsonl", [decomposition(tmp_path, k) for k in range(2)])
+    lines = []
+    import_dataset([Source(source)], tmp_path / "out", TRAIN, lines.append)
+    assert "import: 1 of 2 rows read" in lines
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"size": 8}, "size 8"), ({"val_share": 0.9}, "val_share 0.9"), ({"shard_rows": 0}, "least 1")],
