@@ -1,8 +1,13 @@
 """``omnialpha data import`` on the command line."""
 
+import pytest
+
+from common.errors import ConfigError
 from data.records import RecordDataset
 from data.sampler import TaskSampler
 from pipeline.cli import main
+from pipeline.config import load_config
+from pipeline.stages import ensure_dataset
 from tests.unit.data.import_helpers import SIZE, decomposition, write_jsonl, write_record
 
 
@@ -44,3 +49,13 @@ def test_a_split_that_a_run_needs_and_nobody_filled_is_said(tmp_path, capsys):
     source = str(write_jsonl(tmp_path / "rows.jsonl", [decomposition(tmp_path, 0)]))
     assert main(["data", "import", source, "--out", str(tmp_path / "out"), "--split", "train", "--size", "16"]) == 0
     assert "no record is in test" in capsys.readouterr().out
+
+
+def test_a_run_on_an_imported_dataset_must_know_its_size(tmp_path):
+    rows = [decomposition(tmp_path, k) for k in range(3)]
+    source = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert main(["data", "import", source, "--out", str(tmp_path / "out"), "--size", "16"]) == 0
+    places = [f"dataset={tmp_path / 'out'}", f"run_dir={tmp_path / 'run'}"]
+    ensure_dataset(load_config("tiny", [*places, "data.size=16"]))
+    with pytest.raises(ConfigError, match=r"have a side of 16 pixels, data\.size says 32; set data\.size=16"):
+        ensure_dataset(load_config("tiny", places))
