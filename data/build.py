@@ -1,7 +1,6 @@
 """Builds a dataset folder from fetched sources: prepare, split, draw scenes, write shards and a manifest."""
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -11,71 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from common.errors import ConfigError, DataError, StorageError
 from data.config import DataConfig
 from data.library import Library, collect_foregrounds, collect_photos, prepare, split_library
+from data.manifest import MANIFEST, Manifest, SourceInfo, file_sha256, read_manifest
 from data.records import SPLITS, content_digest
 from data.scenes import scene_records
 from data.schema import SCHEMA_VERSION, Record, shard_name, storage_error, write_shard
 from data.sources import Fetched, Progress, default_cache, fetch, locked
 
 __all__ = ["DataConfig", "Manifest", "SourceInfo", "build_dataset", "read_manifest"]
-
-MANIFEST = "manifest.json"
-
-
-class SourceInfo(BaseModel):
-    """One source that a dataset was made from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    kind: str
-    version: str
-    licence: str
-    checksum: str
-
-
-class Manifest(BaseModel):
-    """What a dataset folder holds and where it came from; stored as ``manifest.json``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: str
-    config: dict
-    sources: list[SourceInfo]
-    skipped_sources: dict[str, str]
-    """Source -> why it was not used."""
-    counts: dict[str, dict[str, int]]
-    """Split -> task -> records."""
-    foregrounds: dict[str, int]
-    """Split -> objects."""
-    photo_groups: dict[str, list[str]]
-    """Split -> photo groups; no group is in two splits."""
-    object_groups: dict[str, list[str]]
-    """Split -> object groups; no group is in two splits."""
-    shards: dict[str, str]
-    """File name -> sha256."""
-    content_digest: str
-    """See :func:`data.records.content_digest`."""
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a dataset folder.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    path = folder / MANIFEST
-    try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; build the dataset with `omnialpha data build`") from None
-    except (ValidationError, UnicodeDecodeError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"{path}: damaged ({first}); remove {folder} and run `omnialpha data build`") from None
 
 
 def build_dataset(
@@ -232,11 +176,6 @@ def _describe(
         foregrounds={split: len(library.foregrounds) for split, library in libraries.items()},
         photo_groups={split: sorted({p.group for p in library.photos}) for split, library in libraries.items()},
         object_groups={split: sorted({f.group for f in library.foregrounds}) for split, library in libraries.items()},
-        shards={path.name: _sha256(path) for path in sorted(folder.glob("*.parquet"))},
+        shards={path.name: file_sha256(path) for path in sorted(folder.glob("*.parquet"))},
         content_digest=content_digest(folder),
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from pymatting import estimate_foreground_ml
 from torch import Tensor
 
 from common.errors import DataError
-from data.colours import premultiply, resize_planes
+from data.colours import premultiply, resize_planes, unpremultiply
 from data.rgba import checkerboard, to_uint8_hwc
 
 MAX_PIXELS = 32 * 2**20
@@ -143,6 +143,20 @@ class Letterbox:
         covered = self._shrink(Image.fromarray(marked(pixels_HW4).astype(np.uint8) * 255)).astype(np.float32)
         white = (covered >= min(127.5, covered.max())) & (covered > 0)
         return _opaque(np.repeat(np.pad(white, self._margins)[..., None], 3, axis=-1).astype(np.float32))
+
+    def layer(self, pixels_HW4: np.ndarray) -> np.ndarray:
+        """A target layer of training data: uint8, shape (S, S, 4), alpha kept.
+
+        An image that fills the square as it is keeps its bytes. Others are scaled premultiplied, hidden colours filled
+        in again, and the borders repeat the edge of all channels: as "over" acts pixel by pixel, layers that compose to
+        the image do so in the borders too.
+        """
+        pixels = pixels_HW4
+        if self.inner != self.size:
+            alpha = pixels_HW4[..., 3].astype(np.float32) / 255
+            planes = [self._shrink(Image.fromarray(pixels_HW4[..., k] / np.float32(255) * alpha)) for k in range(3)]
+            pixels = to_uint8_hwc(unpremultiply(np.dstack([*planes, self._shrink(Image.fromarray(alpha))])))
+        return np.pad(pixels, (*self._margins, (0, 0)), mode="edge")
 
     def take(self, square_SSC: np.ndarray) -> np.ndarray:
         """Cuts the image out of float planes of the square and brings them to native size, shape (H, W, C)."""

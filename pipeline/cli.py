@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, OmniAlphaError
-from pipeline import export, report, reward_commands, sample
+from pipeline import data_import, export, report, reward_commands, sample, vae_convert
 
 log = logging.getLogger("omnialpha")
 
@@ -68,10 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     check = data.add_parser("verify", help="decode every record and check every digest")
     check.add_argument("folder", type=Path)
     check.set_defaults(handler=_data_verify)
+    data_import.register(data)
     report.register(commands)
     reward_commands.register(commands)
     sample.register(commands)
     export.register(commands)
+    vae_convert.register(commands)
     return parser
 
 

@@ -14,6 +14,7 @@ from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
 from common.errors import CheckpointError, ConfigError, StorageError
 from data.build import build_dataset
+from data.manifest import MANIFEST, read_manifest
 from data.records import RecordDataset, content_digest
 from pipeline.config import RunConfig
 from pipeline.evaluate import run_evaluate
@@ -207,9 +208,18 @@ def ensure_dataset(config: RunConfig) -> None:
     """Builds the run's dataset unless the config names one, and opens it, before any actor starts.
 
     Raises:
+        ConfigError: the named dataset's images have another size than ``data.size``, which an exported policy records
+            as the size that it was trained at.
         DataError: the dataset is missing or damaged; names the file.
     """
     if config.dataset is None:
         build_dataset(config.data, config.dataset_folder, progress=log.info)
+    elif (config.dataset / MANIFEST).is_file():
+        size = read_manifest(config.dataset).config.get("size", config.data.size)
+        if size != config.data.size:
+            raise ConfigError(
+                f"dataset {config.dataset}: its images have a side of {size} pixels, data.size says "
+                f"{config.data.size}; set data.size={size}, or name another dataset"
+            )
     for split in ("train", config.evaluate.split, *(("val",) if config.grpo.watch.every else ())):
         RecordDataset(config.dataset_folder, split)

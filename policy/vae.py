@@ -6,15 +6,21 @@ model's own config (``latents_mean``, ``latents_std``).
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from pydantic import Field
 
 from common.config import StrictConfig
 from common.errors import CheckpointError
 
 INITIAL_LOGVAR = -6.0
+
+ImageVae: TypeAlias = AutoencoderKL | AutoencoderKLQwenImage
+"""``AutoencoderKLQwenImage`` is a video VAE (causal 3D convolutions): images are (B, C, 1, H, W) to it."""
+IMAGE_CHANNELS = {"AutoencoderKL": ("in_channels", "out_channels"), "AutoencoderKLQwenImage": ("input_channels",)}
+"""Class -> entries of its config that count the channels of images."""
 
 
 class VaeConfig(StrictConfig):
@@ -59,26 +65,49 @@ def build_vae(config: VaeConfig, seed: int, image_channels: int = 4) -> Autoenco
     return vae
 
 
-def opaque(rgb: AutoencoderKL) -> AutoencoderKL:
-    """A 4-channel VAE from a 3-channel one: opaque initialisation (Eq. 14 of arXiv 2511.20211 v2).
+def opaque(rgb: ImageVae) -> ImageVae:
+    """A 4-channel VAE of a 3-channel one's class and dtype: opaque initialisation (Eq. 14 of arXiv 2511.20211 v2).
 
     The encoder's alpha column is zero, the decoder's alpha row has zero weights and bias 1: the new VAE does to colours
-    what the old one did, ignores alpha and says "fully opaque", in [−1, 1] as the network sees pixels.
+    what the old one did, ignores alpha and says "fully opaque", in [−1, 1] as the network sees pixels. All other
+    weights are copied bit by bit.
+
+    Raises:
+        CheckpointError: a class that is not in :data:`IMAGE_CHANNELS`, or a VAE that has not 3 image channels.
     """
-    vae = AutoencoderKL.from_config(rgb.config, in_channels=4, out_channels=4)
-    weights, old = vae.state_dict(), rgb.state_dict()
-    for name, value in weights.items():
-        if value.shape == old[name].shape:
-            value.copy_(old[name])
-    weights["encoder.conv_in.weight"][:, :3].copy_(old["encoder.conv_in.weight"])
-    weights["decoder.conv_out.weight"][:3].copy_(old["decoder.conv_out.weight"])
-    weights["decoder.conv_out.bias"][:3].copy_(old["decoder.conv_out.bias"])
+    channels = image_channels(rgb)
+    if channels != 3:
+        raise CheckpointError(
+            f"the VAE has {channels} image channels, opaque initialisation starts from 3; "
+            + ("it is an RGBA VAE already and can be used as it is" if channels == 4 else "give an RGB VAE")
+        )
+    with torch.random.fork_rng(devices=[]):
+        vae = type(rgb).from_config(rgb.config, **dict.fromkeys(IMAGE_CHANNELS[type(rgb).__name__], 4))
+    old = rgb.state_dict()
+    for name, value in vae.to(rgb.dtype).state_dict().items():
+        # The first layer grows by a column and the last one by a row, the alpha channel's; the rest keeps its shape.
+        value[tuple(slice(length) for length in old[name].shape)].copy_(old[name])
     _make_opaque(vae)
     return vae
 
 
+def image_channels(vae: ImageVae) -> int:
+    """Channels of the images that a VAE reads and writes.
+
+    Raises:
+        CheckpointError: not a class of :data:`IMAGE_CHANNELS`, or one that writes other channels than it reads.
+    """
+    kind = type(vae).__name__
+    if kind not in IMAGE_CHANNELS:
+        raise CheckpointError(f"a VAE of class {kind} is not known; give one of {', '.join(IMAGE_CHANNELS)}")
+    found = {int(vae.config[key]) for key in IMAGE_CHANNELS[kind]}
+    if len(found) > 1:
+        raise CheckpointError(f"the VAE reads and writes different numbers of channels ({found}); give one of images")
+    return found.pop()
+
+
 @torch.no_grad()
-def _make_opaque(vae: AutoencoderKL) -> None:
+def _make_opaque(vae: ImageVae) -> None:
     vae.encoder.conv_in.weight[:, 3].zero_()
     vae.decoder.conv_out.weight[3].zero_()
     vae.decoder.conv_out.bias[3].fill_(1.0)

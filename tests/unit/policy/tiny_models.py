@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 
 from policy.dit import DitConfig, build_dit
@@ -30,6 +31,23 @@ def measured_vae(seed: int = 0) -> nn.Module:
     vae = build_vae(VAE, seed)
     set_latent_statistics(vae, torch.linspace(-0.5, 0.5, CHANNELS), torch.linspace(0.5, 2.0, CHANNELS))
     return vae
+
+
+def qwen_vae(channels: int = 3, seed: int = 5) -> AutoencoderKLQwenImage:
+    """The class of Qwen-Image's VAE with random weights, f8 as the real one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=CHANNELS,
+            dim_mult=[1, 2, 2, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            input_channels=channels,
+            latents_mean=[0.1, 0.2, 0.3, 0.4],
+            latents_std=[1.0, 2.0, 3.0, 4.0],
+        )
+    return vae.eval().requires_grad_(False)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
