@@ -11,7 +11,6 @@ import numpy as np
 
 from actors.reward import Measured, RewardPool
 from actors.rollout import RolloutPool
-from actors.waiting import wait_all
 from common.commit import begin, commit, storage_errors
 from common.events import finite
 from data.records import Record, RecordDataset
@@ -42,9 +41,11 @@ def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
     for name in POLICIES:
         rollouts.load_folder(folders[name])
         results = rollouts.generate(stage.split, [chunk for _, chunk in chunks], stage.schedule)
-        scores = [rewards.measure(task, *result) for (task, _), result in zip(chunks, results, strict=True)]
+        scores, pixels[name] = [], []
+        for (task, _), (count, groups) in zip(chunks, results, strict=True):  # as they come into being
+            scores.append(rewards.measure(task, count, groups))
+            pixels[name].append(groups)
         measured[name] = rewards.measured(scores, f"evaluation of {name}")
-        pixels[name] = [groups for _, groups in results]
         log.info("eval %s: %d records", name, len(measured[name]))
         if reasons := Counter(reason for entry in measured[name] for reason in entry.reasons):
             log.warning("eval %s: %d scores are missing: %s", name, reasons.total(), reasons.most_common(3))
@@ -59,7 +60,7 @@ def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
         path = temporary / f"{task}.png"
         columns = [pixels[name][first] for name in POLICIES]
         pictures.append(rewards.draw_comparison(path, [name.upper() for name in POLICIES], stage.rows, *columns))
-    wait_all(pictures, "pictures", config.cluster.deadline_s)
+    rewards.wait(pictures, "pictures")
     table = render_table(results_json)
     with storage_errors(final):
         (temporary / "results.json").write_text(json.dumps(finite(results_json), indent=1) + "\n")

@@ -117,11 +117,11 @@ class Actors:
 
     @cached_property
     def rewards(self) -> RewardPool:
-        return RewardPool(self._config.cluster, self._config.rewards)
+        return RewardPool(self._config.cluster, self._config.rewards, self._run.events.write)
 
     @cached_property
     def rollouts(self) -> RolloutPool:
-        return RolloutPool(self._config.cluster, rollout_setup(self._run))
+        return RolloutPool(self._config.cluster, rollout_setup(self._run), self._run.events.write)
 
     def try_scorers(self) -> None:
         """Starts the isolated terms' processes and ends them again: what is wrong with one must not be found out hours
