@@ -59,6 +59,7 @@ class Run:
         log.addHandler(self._log_file)
         self.events.write("run_started", config=config.identity_hash(), pid=os.getpid())
         self.tracker = Tracker(config, self.folder)
+        self.commits = 0
         self._stop: int | None = None
         self._stop_at = 0.0
 
@@ -223,6 +224,7 @@ class Progress:
         made = commit(temporary, folder, {"step": step, "config": self._run.config.identity_hash(), **facts})
         retain(self._root, self._run.config.keep_commits)
         self.committed = step
+        self._run.commits += 1
         self._run.events.write("commit", stage=self._stage, step=step)
         return made
 
