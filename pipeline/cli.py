@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, OmniAlphaError
-from pipeline import export, report, reward_commands, sample
+from pipeline import export, report, reward_commands, sample, status
 
 log = logging.getLogger("omnialpha")
 
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("folder", type=Path)
     check.set_defaults(handler=_data_verify)
     report.register(commands)
+    status.register(commands)
     reward_commands.register(commands)
     sample.register(commands)
     export.register(commands)

@@ -44,12 +44,10 @@ class Run:
             self._lock = (self.folder / ".lock").open("w")
             (self.folder / "events.jsonl").open("a").close()
             (self.folder / "log.txt").open("a").close()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not self._locked():
             raise ConfigError(
                 f"{self.folder}: another driver is at work here; wait for it, or give this run its own run_dir"
-            ) from None
+            )
         self._claim()
         past = read_events(self.folder / "events.jsonl")
         attempt = 1 + sum(event["event"] == "run_started" for event in past)
@@ -62,6 +60,14 @@ class Run:
         self.commits = 0
         self._stop: int | None = None
         self._stop_at = 0.0
+
+    def _locked(self) -> bool:
+        for _ in range(3):
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.1)  # `omnialpha status` holds the lock for an instant to see whether anyone does
+        return False
 
     def _claim(self) -> None:
         identity, path = self.config.identity(), self.folder / "identity.json"
