@@ -37,7 +37,6 @@ class Health:
         """
         self._role, self._allowed, self._clock = role, replacements, clock
         self._states = [State.STARTING] * count
-        self._since = [clock()] * count
         self._due = [0.0] * count
         self._causes: list[str] = []
 
@@ -81,10 +80,6 @@ class Health:
         """A replacement was started."""
         self._move(number, (State.LOST,), State.STARTING)
 
-    def seconds(self, number: int) -> float:
-        """How long an actor has been in its state."""
-        return self._clock() - self._since[number]
-
     @property
     def given_up(self) -> str | None:
         """Why no actor will be replaced any more, as a person should read it; None while there is hope."""
@@ -98,4 +93,4 @@ class Health:
     def _move(self, number: int, before: Sequence[State], after: State) -> None:
         if self._states[number] not in before:
             raise ValueError(f"{self._role} actor {number} is {self._states[number].value}: it cannot be {after.value}")
-        self._states[number], self._since[number] = after, self._clock()
+        self._states[number] = after

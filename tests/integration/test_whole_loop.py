@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, QwenImageTransformer2DModel
 from common.commit import verify
 from common.events import group_balance, read_events
 from pipeline.config import load_config
+from pipeline.status import read_status, render_status
 from policy.rollout_files import read_rollouts
 from rewards.groups import build_scorers, score_group
 
@@ -180,11 +181,11 @@ def kill_at(run: Path, dataset: Path, stage: str, step: int) -> None:
         return any(e["event"] == "step" and e["stage"] == stage and e["step"] >= step for e in events)
 
     wait_until(reached, 240, f"{stage} step {step}")
-    assert f"running, attempt {attempts(run)}, process {driver.pid}, " in status_of(run)
+    assert f"running, attempt {attempts(run)}, process {driver.pid}, " in render_status(read_status(run))
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     wait_until(lambda: not processes_of(run), 30, "the end of the killed run's processes")
-    assert "without a word" in status_of(run)
+    assert "without a word" in render_status(read_status(run))
 
 
 def test_a_run_killed_in_every_stage_ends_with_the_weights_of_an_uninterrupted_one(

@@ -110,11 +110,3 @@ def test_without_replacements_the_first_loss_is_the_end(clock):
     health = serving(clock, 1, replacements=0)
     health.lost(0, "killed")
     assert health.given_up == "a rollout actor was lost because killed"
-
-
-def test_the_time_in_a_state_is_the_clocks(clock):
-    health = serving(clock, 1)
-    clock.now += 7
-    assert health.seconds(0) == 7
-    health.lost(0, "killed")
-    assert health.seconds(0) == 0
