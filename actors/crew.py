@@ -181,8 +181,7 @@ class Crew:
                     asked[ref].take_back()
                     # All work of a lost actor fails; the first failure has it replaced.
                     for number in [k for k, actor in enumerate(self.actors) if actor is gone]:
-                        if self._health.state(number) is not State.LOST:
-                            self._lose(number, error, what)
+                        self._lose(number, error, what)
             except RayError as error:
                 raise expected(error, what) from None
             else:
@@ -195,7 +194,7 @@ class Crew:
 
     def _join(self, number: int, answer: Any) -> None:
         """An actor has started, or has loaded weights."""
-        del self._joining[number]
+        self._joining.pop(number, None)
         if self._health.state(number) is State.STARTING:
             self._health.started(number)
             if self._load is not None:
@@ -211,10 +210,13 @@ class Crew:
             self._notify("actor_replaced", role=self._role, actor=number, seconds=round(seconds, 3))
 
     def _lose(self, number: int, error: RayError, what: str) -> None:
-        """
+        """An actor is gone, which may be heard several times.
+
         Raises:
             ActorError: it will not be replaced.
         """
+        if self._health.state(number) is State.LOST:
+            return
         log.debug("%s actor %d: %s", self._role, number, error)
         self._joining.pop(number, None)
         with contextlib.suppress(RayError):  # whatever Ray believes of it, it must not work beside its replacement

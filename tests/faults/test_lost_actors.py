@@ -118,6 +118,20 @@ def test_a_replacement_loads_the_current_weights_before_it_works(crew):
     assert (value, weights) == (7, "two")
 
 
+def test_a_replacement_that_holds_other_weights_does_not_get_to_work(crew):
+    crew = crew()
+    loads = iter(["two", "two", "other"])
+
+    def check(number: int, answer: str) -> None:
+        if answer != "two":
+            raise ActorError(f"rollout actor {number} holds {answer!r}")
+
+    crew.deliver(lambda actor: actor.load.remote(next(loads)), check, "weights")
+    os.kill(pid_of(crew.actors[1]), signal.SIGKILL)
+    with pytest.raises(ActorError, match="rollout actor 1 holds 'other'"):
+        crew.wait([crew.ask(lambda a: a.work.remote(3, 4), number=k % 2) for k in range(12)], "work")
+
+
 def test_an_actor_killed_while_idle_is_replaced_when_new_weights_are_delivered(crew, heard):
     crew = crew()
     os.kill(pid_of(crew.actors[1]), signal.SIGKILL)
