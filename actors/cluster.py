@@ -43,6 +43,9 @@ class ClusterConfig(StrictConfig):
     """Reward actors."""
     learner_port: int | None = Field(None, ge=1, le=65535)
     """Rendezvous port of the learner ranks on rank 0's node; None takes a free one."""
+    replacements: int = Field(3, ge=0)
+    """How often in a row lost actors of a role are replaced without an answer from the role in between (learner ranks:
+    without a commit); then the run stops."""
     deadline_s: float = Field(900.0, gt=0)
     """Longest wait for any one piece of work."""
 

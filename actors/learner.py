@@ -22,9 +22,9 @@ from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, sum_stats
 from actors.operator_cache import load_operator
-from actors.waiting import wait_all
+from actors.waiting import LOST, lost_because, wait_all
 from common.commit import storage_errors
-from common.errors import ClusterError, NumericsError
+from common.errors import ActorError, ClusterError, DeadlineError, LearnerError, NumericsError
 from data.records import RecordDataset
 from policy.latents import LatentSums, encode_records, latent_statistics, split_work
 from policy.programs import Program
@@ -223,19 +223,32 @@ def one_node() -> bool:
 
 
 class LearnerGroup:
-    """All ranks, driven as one."""
+    """All ranks, driven as one. They are lost together: whatever one of them dies of or raises unexpectedly is a
+    :class:`LearnerError`, after which only :meth:`rebuild` makes sense."""
 
     def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
         self._deadline, self.world = config.deadline_s, config.learner.actors
-        role = config.learner
-        actor = ray.remote(num_cpus=role.cpus)(LearnerRank)
-        self._ranks = [actor.remote(rank, role.threads) for rank in range(self.world)]
-        (address, port), *_ = self._all(
-            [self._ranks[0].address.remote(LOOPBACK if one_node() else None, config.learner_port)], "rank 0 to start"
-        )
-        self._all([r.connect.remote(address, port, self.world) for r in self._ranks], "ranks to connect")
         self._optimiser: OptimiserConfig | None = None
         self._steps = 0
+        self._start()
+
+    def _start(self) -> None:
+        config, role = self._config, self._config.learner
+        actor = ray.remote(num_cpus=role.cpus)(LearnerRank)
+        self._ranks = [actor.remote(rank, role.threads) for rank in range(self.world)]
+        asked = self._ranks[0].address.remote(LOOPBACK if one_node() else None, config.learner_port)
+        ((address, port),) = wait_all([asked], "rank 0 to start", self._deadline)
+        connecting = [rank.connect.remote(address, port, self.world) for rank in self._ranks]
+        wait_all(connecting, "ranks to connect", self._deadline)
+
+    def rebuild(self) -> None:
+        """Ends all ranks and starts new ones, which know nothing: :meth:`setup` and :meth:`restore` come next."""
+        self.close()
+        # The old processes must be gone: they hold the rendezvous port and the memory that the new ones need.
+        pending = [rank.__ray_ready__.remote() for rank in self._ranks]
+        ray.wait(pending, num_returns=len(pending), timeout=30.0)
+        self._start()
 
     def setup(self, build: Callable[[], Program], optimiser: OptimiserConfig, engine: EngineConfig, steps: int) -> int:
         """Gives every rank a program; returns its number of trained parameters."""
@@ -338,4 +351,17 @@ class LearnerGroup:
         return self._all([submit(rank, number) for number, rank in enumerate(self._ranks)], f"learner ranks: {what}")
 
     def _all(self, refs: Sequence[Any], what: str) -> list[Any]:
-        return wait_all(refs, what, self._deadline)
+        try:
+            return wait_all(refs, what, self._deadline)
+        except (ActorError, DeadlineError) as error:
+            raise LearnerError(self._dead() or str(error)) from None
+
+    def _dead(self) -> str | None:
+        """Which rank is dead, and why. Its peers may have complained about a lost connection before that was known."""
+        probes = {rank.__ray_ready__.remote(): number for number, rank in enumerate(self._ranks)}
+        for ref in ray.wait(list(probes), num_returns=len(probes), timeout=1.0)[0]:
+            try:
+                ray.get(ref)
+            except LOST as error:
+                return f"learner rank {probes[ref]}: {lost_because(error)}"
+        return None

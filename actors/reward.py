@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from actors.cluster import ClusterConfig
+from actors.crew import Crew, Notify, Work, unheard
 from actors.isolation import ScorerPool, isolated_terms
 from actors.rollout import Group
-from actors.waiting import wait_all, wait_futures
+from actors.waiting import wait_futures
 from common.commit import storage_errors
 from data.rgba import draw_grid, encode_png
 from data.tasks import get_task
@@ -164,27 +165,34 @@ class Scoring:
     """What is being scored: by a reward actor, and by isolated terms at the same time."""
 
     name: str
-    shared: Any
-    """Reference to what the reward actor finds."""
+    shared: Work
+    """What a reward actor finds."""
     own: Future[Any] | None
     """What the isolated terms find; None where there are none."""
 
 
 class RewardPool:
-    """All reward actors, and the processes of isolated terms."""
+    """All reward actors, which are replaced when they die, and the processes of isolated terms."""
 
-    def __init__(self, config: ClusterConfig, rewards: RewardConfig) -> None:
-        """
+    def __init__(self, config: ClusterConfig, rewards: RewardConfig, notify: Notify = unheard) -> None:
+        """``notify`` hears of losses and replacements of reward actors.
+
         Raises:
             OmniAlphaError: an actor does not start, or a scorer cannot be built.
         """
         role, isolated = config.reward, isolated_terms(rewards)
-        self._config, self._deadline = rewards, config.deadline_s
+        self._config = rewards
         actor = ray.remote(num_cpus=role.cpus)(RewardActor)
-        self.actors = [actor.remote(rewards, role.threads) for _ in range(role.actors)]
-        self._scorers = ScorerPool(isolated, self._deadline) if isolated else None
-        wait_all([a.__ray_ready__.remote() for a in self.actors], "reward actors to start", self._deadline)
-        self._next = 0
+        self.crew = Crew(
+            "reward",
+            lambda: actor.remote(rewards, role.threads),
+            role.actors,
+            replacements=config.replacements,
+            deadline_s=config.deadline_s,
+            notify=notify,
+        )
+        self._scorers = ScorerPool(isolated, config.deadline_s) if isolated else None
+        self.crew.begin()
 
     def close(self) -> None:
         """Ends the processes of isolated terms."""
@@ -192,10 +200,10 @@ class RewardPool:
             self._scorers.close()
 
     def score(self, group: Group) -> Scoring:
-        """Submits a group by reference; it is scored as soon as it exists."""
+        """Submits a group by reference."""
         scorers = self._scorers
         own = scorers.run(self._score_isolated(scorers, group)) if scorers else None
-        return Scoring(group.request.name, self._pick().score.remote(group.pixels), own)
+        return Scoring(group.request.name, self.crew.ask(lambda a: a.score.remote(group.pixels)), own)
 
     def scores(self, groups: Sequence[Scoring]) -> list[GroupScores]:
         """Waits for the scores of groups.
@@ -213,7 +221,7 @@ class RewardPool:
         """Submits evaluation groups of one task by reference."""
         scorers = self._scorers
         own = scorers.run(self._measure_isolated(scorers, task, count, pixels)) if scorers else None
-        return Scoring(task, self._pick().measure.remote(pixels), own)
+        return Scoring(task, self.crew.ask(lambda a: a.measure.remote(pixels)), own)
 
     def measured(self, chunks: Sequence[Scoring], what: str) -> list[Measured]:
         """Waits for evaluated records; raises as :meth:`scores`."""
@@ -227,7 +235,7 @@ class RewardPool:
         return measured
 
     def _wait(self, scorings: Sequence[Scoring], what: str) -> tuple[list[Any], list[Any]]:
-        shared = wait_all([scoring.shared for scoring in scorings], what, self._deadline)
+        shared = self.crew.wait([scoring.shared for scoring in scorings], what)
         own = [scoring.own for scoring in scorings if scoring.own]
         return shared, wait_futures(own, f"{what} of isolated terms") if own else [[] for _ in scorings]
 
@@ -242,26 +250,26 @@ class RewardPool:
     def _active(self, task: str) -> list[str]:
         return [self._config.terms[k].name for k in active_terms(self._config, task)]
 
-    def store(self, path: Path, step: int, names: Sequence[str], pixels: Sequence[Any]) -> Any:
+    def store(self, path: Path, step: int, names: Sequence[str], pixels: Sequence[Any]) -> Work:
         """Stores groups by reference."""
-        return self._pick().store.remote(path, step, names, *pixels)
+        return self.crew.ask(lambda a: a.store.remote(path, step, names, *pixels))
 
-    def keep(self, path: Path, pixels: Any) -> Any:
+    def keep(self, path: Path, pixels: Any) -> Work:
         """Stores evaluation groups by reference, to compare later ones with."""
-        return self._pick().keep.remote(path, pixels)
+        return self.crew.ask(lambda a: a.keep.remote(path, pixels))
 
-    def draw_change(self, path: Path, rows: int, kept: Path, pixels: Any) -> Any:
+    def draw_change(self, path: Path, rows: int, kept: Path, pixels: Any) -> Work:
         """Draws evaluation groups beside those kept earlier into a PNG."""
-        return self._pick().draw_change.remote(path, rows, kept, pixels)
+        return self.crew.ask(lambda a: a.draw_change.remote(path, rows, kept, pixels))
 
-    def draw_group(self, path: Path, pixels: Any) -> Any:
+    def draw_group(self, path: Path, pixels: Any) -> Work:
         """Draws a group into a PNG."""
-        return self._pick().draw_group.remote(path, pixels)
+        return self.crew.ask(lambda a: a.draw_group.remote(path, pixels))
 
-    def draw_comparison(self, path: Path, titles: Sequence[str], rows: int, *runs: Any) -> Any:
+    def draw_comparison(self, path: Path, titles: Sequence[str], rows: int, *runs: Any) -> Work:
         """Draws evaluation groups of several runs side by side into a PNG, and each image into a file of its own."""
-        return self._pick().draw_comparison.remote(path, titles, rows, *runs)
+        return self.crew.ask(lambda a: a.draw_comparison.remote(path, titles, rows, *runs))
 
-    def _pick(self) -> Any:
-        self._next += 1
-        return self.actors[self._next % len(self.actors)]
+    def wait(self, works: Sequence[Work], what: str) -> None:
+        """Waits for files to be written."""
+        self.crew.wait(works, what)

@@ -4,8 +4,9 @@ A group leaves as three returns: small metadata for the driver, the trajectory f
 scorers. They are returned, not put: a value that an actor put would die with the actor.
 """
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from actors.balance import balance
 from actors.cluster import ClusterConfig
-from actors.waiting import wait_all
+from actors.crew import Crew, Notify, Work, unheard
 from common.errors import ActorError
 from data.records import RecordDataset
 from data.tasks import get_task
@@ -166,7 +167,7 @@ class RolloutActor:
 
 @dataclass(frozen=True)
 class Group:
-    """A group on its way: metadata here, the rest by reference."""
+    """A group that exists: everything of it by reference."""
 
     request: GroupRequest
     meta: Any
@@ -175,34 +176,50 @@ class Group:
 
 
 class RolloutPool:
-    """All rollout actors."""
+    """All rollout actors. One that dies is replaced, and its groups are sampled again: they are the same groups, for
+    all of their randomness follows from the request."""
 
-    def __init__(self, config: ClusterConfig, setup: RolloutSetup) -> None:
+    def __init__(self, config: ClusterConfig, setup: RolloutSetup, notify: Notify = unheard) -> None:
+        """``notify`` hears of losses and replacements."""
         role = config.rollout
-        self._deadline = config.deadline_s
         actor = ray.remote(num_cpus=role.cpus)(RolloutActor)
-        self.actors = [actor.remote(setup, role.threads) for _ in range(role.actors)]
-        wait_all([a.__ray_ready__.remote() for a in self.actors], "rollout actors to start", self._deadline)
+        self.crew = Crew(
+            "rollout",
+            lambda: actor.remote(setup, role.threads),
+            role.actors,
+            replacements=config.replacements,
+            deadline_s=config.deadline_s,
+            weights=True,
+            notify=notify,
+        )
+        self.crew.begin()
 
     def publish(self, version: int, name: str, index: Any, buffer: Any) -> None:
-        """Delivers weights and checks that every actor now holds them.
+        """Delivers weights and checks that every actor now holds them, as every replacement will.
 
         Raises:
             ActorError: an actor's digest differs from the learner's.
         """
-        refs = [actor.load.remote(version, index, buffer) for actor in self.actors]
-        held = wait_all(refs, f"weights of version {version} to arrive", self._deadline)
-        if wrong := [number for number, got in enumerate(held) if got != name]:
-            raise ActorError(f"rollout actors {wrong} hold other weights than version {version} ({name}) after loading")
 
-    def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float]) -> list[Group]:
-        """Submits groups, shared among the actors by their relative costs, and returns at once."""
-        groups: list[Group | None] = [None] * len(requests)
-        for actor, share in zip(self.actors, balance(costs, len(self.actors)), strict=True):
-            for number in share:
-                meta, trajectory, pixels = actor.sample.options(num_returns=3).remote(requests[number])
-                groups[number] = Group(requests[number], meta, trajectory, pixels)
-        return [group for group in groups if group is not None]
+        def check(number: int, got: str) -> None:
+            if got != name:
+                raise ActorError(
+                    f"rollout actor {number} holds other weights than version {version} ({name}) after loading"
+                )
+
+        what = f"weights of version {version} to arrive"
+        self.crew.deliver(lambda actor: actor.load.remote(version, index, buffer), check, what)
+
+    def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float]) -> Iterator[Group]:
+        """Submits groups, shared among the actors by their relative costs, and returns at once; the groups come one by
+        one as they exist, in any order."""
+        asked = {}
+        for number, share in enumerate(balance(costs, len(self.crew.actors))):
+            for place in share:
+                request = requests[place]
+                asked[self.crew.ask(functools.partial(_sample, request), number)] = request
+        done = self.crew.as_done(list(asked), "rollout actors: groups")
+        return (Group(asked[work], *work.refs) for work, _ in done)
 
     def load_folder(self, model: Path) -> str:
         """All actors take a policy folder's transformer; returns its digest.
@@ -210,14 +227,36 @@ class RolloutPool:
         Raises:
             ActorError: they do not all hold the same weights afterwards.
         """
-        held = wait_all([a.load_folder.remote(model) for a in self.actors], f"{model} to load", self._deadline)
-        if len(set(held)) != 1:
-            raise ActorError(f"rollout actors hold different weights after loading {model}: {held}")
+        held: list[str] = []
+
+        def check(number: int, got: str) -> None:
+            held.append(got)
+            if got != held[0]:
+                raise ActorError(f"rollout actor {number} holds other weights than the others after loading {model}")
+
+        self.crew.deliver(lambda actor: actor.load_folder.remote(model), check, f"{model} to load")
         return held[0]
 
-    def generate(self, split: str, chunks: Sequence[Sequence[int]], schedule: ScheduleConfig) -> list[tuple[Any, Any]]:
-        """Submits evaluation chunks round robin: (count, pixels) references."""
-        return [
-            self.actors[number % len(self.actors)].generate.options(num_returns=2).remote(split, chunk, schedule)
-            for number, chunk in enumerate(chunks)
-        ]
+    def generate(
+        self, split: str, chunks: Sequence[Sequence[int]], schedule: ScheduleConfig
+    ) -> Iterator[tuple[Any, Any]]:
+        """Submits evaluation chunks round robin and returns at once: (count, pixels) references, in the order of the
+        chunks, each as soon as it exists."""
+        return self._in_order([self.crew.ask(functools.partial(_generate, split, chunk, schedule)) for chunk in chunks])
+
+    def _in_order(self, asked: Sequence[Work]) -> Iterator[tuple[Any, Any]]:
+        done, place = set(), 0
+        for work, _ in self.crew.as_done(asked, "rollout actors: evaluation"):
+            done.add(work)
+            while place < len(asked) and asked[place] in done:
+                count, pixels = asked[place].refs
+                yield count, pixels
+                place += 1
+
+
+def _sample(request: GroupRequest, actor: Any) -> Any:
+    return actor.sample.options(num_returns=3).remote(request)
+
+
+def _generate(split: str, chunk: Sequence[int], schedule: ScheduleConfig, actor: Any) -> Any:
+    return actor.generate.options(num_returns=2).remote(split, chunk, schedule)

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from common.errors import ActorError, DeadlineError, OmniAlphaError
 
@@ -15,7 +15,36 @@ log = logging.getLogger("omnialpha")
 
 REPORT_EVERY_S = 30.0
 
+LOST = (RayActorError, OutOfMemoryError, NodeDiedError)
+"""How Ray says that an actor is gone, as opposed to an error that it raised."""
+
 Value = TypeVar("Value")
+
+
+class Wait:
+    """A wait's deadline and its periodic line."""
+
+    def __init__(self, what: str, count: int, deadline_s: float) -> None:
+        self._what, self._count, self._deadline = what, count, deadline_s
+        self._start = self._reported = time.monotonic()
+
+    def left(self, missing: int) -> float:
+        """Seconds that are left.
+
+        Raises:
+            DeadlineError: none; says how many things are still missing.
+        """
+        now = time.monotonic()
+        waited = now - self._start
+        if waited >= self._deadline:
+            raise DeadlineError(
+                f"{self._what}: {missing} of {self._count} still missing after {self._deadline:.0f} s; "
+                "raise cluster.deadline_s if the work is that slow, otherwise look for a stuck actor in `ray status`"
+            )
+        if now - self._reported >= REPORT_EVERY_S:
+            self._reported, there = now, self._count - missing
+            log.info("waiting for %s: %d of %d after %.0f s", self._what, there, self._count, waited)
+        return self._deadline - waited
 
 
 def wait_all(refs: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
@@ -28,22 +57,12 @@ def wait_all(refs: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
         ActorError: an actor died, or raised something unexpected (its traceback is in the log).
         OmniAlphaError: an actor raised an expected error; it arrives as itself.
     """
-    start = reported = time.monotonic()
     pending, values = list(dict.fromkeys(refs)), {}
+    wait = Wait(what, len(refs), deadline_s)
     while pending:
-        now = time.monotonic()
-        left = deadline_s - (now - start)
-        if left <= 0:
-            raise DeadlineError(
-                f"{what}: {len(pending)} of {len(refs)} still missing after {deadline_s:.0f} s; "
-                "raise cluster.deadline_s if the work is that slow, otherwise look for a stuck actor in `ray status`"
-            )
-        ready, pending = ray.wait(pending, num_returns=1, timeout=min(left, 5.0))
+        ready, pending = ray.wait(pending, num_returns=1, timeout=min(wait.left(len(pending)), 5.0))
         for ref in ready:
             values[ref] = _get(ref, what)
-        if now - reported >= REPORT_EVERY_S:
-            reported = now
-            log.info("waiting for %s: %d of %d after %.0f s", what, len(refs) - len(pending), len(refs), now - start)
     return [values[ref] for ref in refs]
 
 
@@ -64,12 +83,22 @@ def expected(error: RayError, what: str) -> OmniAlphaError:
         return ActorError(f"{what}: {type(cause).__name__}: {cause}; the actor's traceback is in the run's log")
     if isinstance(error, RayActorError):
         log.debug("%s: %s", what, error)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if getattr(error, "actor_init_failed", False):  # the last line of the constructor's traceback is its message
-            return ActorError(f"{what}: {lines[-1].partition(': ')[2] or lines[-1]}")
-        reason = lines[0]
+        if getattr(error, "actor_init_failed", False):
+            return ActorError(f"{what}: {lost_because(error)}")
+        reason = lost_because(error)
         return ActorError(f"{what}: an actor died ({reason}); run the same command again to go on from the last commit")
     return ActorError(f"{what}: {str(error).strip().splitlines()[0]}")
+
+
+def lost_because(error: RayError) -> str:
+    """Ray's reason for the loss of an actor, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if getattr(error, "actor_init_failed", False):  # the last line of the constructor's traceback is its message
+        return lines[-1].partition(": ")[2] or lines[-1]
+    if "connection error code 2" in str(error):  # Ray saw no more of it than its end
+        pid = next((f" {line[4:].strip()}" for line in lines if line.startswith("pid:")), "")
+        return f"its process{pid} ended: killed, out of memory, or a crash"
+    return next((line for line in lines if line.startswith("The actor is dead because")), lines[0])[:300]
 
 
 def wait_futures(futures: Sequence[Future[Value]], what: str) -> list[Value]:

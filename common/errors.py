@@ -49,6 +49,10 @@ class ActorError(ClusterError):
     """An actor died or raised something nobody expected."""
 
 
+class LearnerError(ActorError):
+    """The learner ranks, which are lost together, were lost in the middle of their work."""
+
+
 class RewardError(OmniAlphaError):
     """A scorer that broke its contract."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, OmniAlphaError
-from pipeline import data_import, export, report, reward_commands, sample, vae_convert
+from pipeline import data_import, export, report, reward_commands, sample, status, vae_convert
 
 log = logging.getLogger("omnialpha")
 
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(handler=_data_verify)
     data_import.register(data)
     report.register(commands)
+    status.register(commands)
     reward_commands.register(commands)
     sample.register(commands)
     export.register(commands)

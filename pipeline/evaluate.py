@@ -12,7 +12,6 @@ import numpy as np
 
 from actors.reward import Measured, RewardPool
 from actors.rollout import RolloutPool
-from actors.waiting import wait_all
 from common.commit import begin, commit, storage_errors
 from common.events import finite, read_events
 from data.records import Record
@@ -50,7 +49,7 @@ def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
     for task in held.tasks:
         columns = [pixels[name][held.first(task)] for name in folders]
         pictures.append(rewards.draw_comparison(temporary / f"{task}.png", titles, stage.rows, *columns))
-    wait_all(pictures, "pictures", config.cluster.deadline_s)
+    rewards.wait(pictures, "pictures")
     table = render_table(results_json)
     with storage_errors(final):
         (temporary / "results.json").write_text(json.dumps(finite(results_json), indent=1) + "\n")

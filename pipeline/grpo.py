@@ -8,7 +8,7 @@ prompts ─▶ rollout actors ─(pixels)─▶ reward actors ─▶ scores ─�
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,12 @@ def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: Re
             )
         if (step + 1) % stage.pictures_every == 0:
             path = run.folder / "grpo" / "pictures" / f"step-{step + 1:05d}.png"
-            wait_all([rewards.draw_group(path, scored[0][0].pixels)], "a picture", config.cluster.deadline_s)
+            rewards.wait([rewards.draw_group(path, scored[0][0].pixels)], "a picture")
             run.tracker.picture("grpo/group", path)
         if stage.keep_rollouts and (step + 1) % stage.keep_rollouts == 0:
             path = run.folder / "grpo" / "rollouts" / f"step-{step + 1:05d}.parquet"
             stored = rewards.store(path, step + 1, [m.name for _, m, _ in scored], [g.pixels for g, _, _ in scored])
-            wait_all([stored], "rollouts to be stored", config.cluster.deadline_s)
+            rewards.wait([stored], "rollouts to be stored")
         watch.after_step(step + 1)
         progress.after_step(step + 1, learner.save, {"version": version, "position": (step + 1) * stage.prompts})
     progress.finish(watch.hand_on, watch.result())
@@ -139,13 +139,20 @@ def merge_records(records: Sequence[dict[str, float]]) -> dict[str, float]:
     return merged | {"updates": len(records)}
 
 
-def collect(groups: Sequence[Group], rewards: RewardPool, version: int, deadline_s: float) -> list[Scored]:
+def collect(sampled: Iterable[Group], rewards: RewardPool, version: int, deadline_s: float) -> list[Scored]:
     """Waits for groups and their scores. Scoring of a group starts when it exists, not when all do.
+
+    Args:
+        sampled: groups as they come into being, in any order; what is returned is in the order of their numbers.
+        rewards: who scores them.
+        version: the policy version that was published last.
+        deadline_s: longest wait.
 
     Raises:
         ActorError: a group was sampled by another policy version than the one just published.
     """
-    scores = [rewards.score(group) for group in groups]
+    scoring = {group.request.group: (group, rewards.score(group)) for group in sampled}
+    groups, scores = zip(*(scoring[number] for number in sorted(scoring)), strict=True)
     metas = wait_all([group.meta for group in groups], "rollout actors: groups", deadline_s)
     if stale := [meta.name for meta in metas if meta.version != version]:
         raise ActorError(f"groups {stale} were not sampled by policy version {version}; weights did not arrive")

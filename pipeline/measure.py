@@ -66,11 +66,14 @@ def measure(
     """One deterministic sample per record from the actors' current policy: (measurements in the records' order, each
     chunk's pixels by reference)."""
     results = rollouts.generate(held.split, [indices for _, indices in held.chunks], config.evaluate.schedule)
-    scores = [rewards.measure(task, *result) for (task, _), result in zip(held.chunks, results, strict=True)]
+    scores, pixels = [], []
+    for (task, _), (count, groups) in zip(held.chunks, results, strict=True):  # as they come into being
+        scores.append(rewards.measure(task, count, groups))
+        pixels.append(groups)
     measured = rewards.measured(scores, what)
     if reasons := Counter(reason for entry in measured for reason in entry.reasons):
         log.warning("%s: %d scores are missing: %s", what, reasons.total(), reasons.most_common(3))
-    return measured, [groups for _, groups in results]
+    return measured, pixels
 
 
 def quantity(config: RunConfig, entry: Measured, label: str) -> float:

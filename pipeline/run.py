@@ -45,12 +45,10 @@ class Run:
             self._lock = (self.folder / ".lock").open("w")
             (self.folder / "events.jsonl").open("a").close()
             (self.folder / "log.txt").open("a").close()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not self._locked():
             raise ConfigError(
                 f"{self.folder}: another driver is at work here; wait for it, or give this run its own run_dir"
-            ) from None
+            )
         self._claim()
         past = read_events(self.folder / "events.jsonl")
         attempt = 1 + sum(event["event"] == "run_started" for event in past)
@@ -60,8 +58,17 @@ class Run:
         log.addHandler(self._log_file)
         self.events.write("run_started", config=config.identity_hash(), pid=os.getpid())
         self.tracker = Tracker(config, self.folder)
+        self.commits = 0
         self._stop: int | None = None
         self._stop_at = 0.0
+
+    def _locked(self) -> bool:
+        for _ in range(3):
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.1)  # `omnialpha status` holds the lock for an instant to see whether anyone does
+        return False
 
     def _claim(self) -> None:
         identity, path = self.config.identity(), self.folder / "identity.json"
@@ -224,6 +231,7 @@ class Progress:
         made = commit(temporary, folder, {"step": step, "config": self._run.config.identity_hash(), **facts})
         retain(self._root, self._run.config.keep_commits)
         self.committed = step
+        self._run.commits += 1
         self._run.events.write("commit", stage=self._stage, step=step)
         return made
 

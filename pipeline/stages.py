@@ -1,9 +1,10 @@
 """Which stages a command runs, with which actors, and what is skipped because it is done."""
 
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from actors.cluster import connected
@@ -12,7 +13,7 @@ from actors.learner import LearnerGroup
 from actors.packages import check_runtime_env
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
-from common.errors import CheckpointError, ConfigError, StorageError
+from common.errors import CheckpointError, ConfigError, LearnerError, StorageError
 from data.build import build_dataset
 from data.manifest import MANIFEST, read_manifest
 from data.records import RecordDataset, content_digest
@@ -141,11 +142,11 @@ class Actors:
 
     @cached_property
     def rewards(self) -> RewardPool:
-        return RewardPool(self._config.cluster, self._config.rewards)
+        return RewardPool(self._config.cluster, self._config.rewards, self._run.events.write)
 
     @cached_property
     def rollouts(self) -> RolloutPool:
-        return RolloutPool(self._config.cluster, rollout_setup(self._run))
+        return RolloutPool(self._config.cluster, rollout_setup(self._run), self._run.events.write)
 
     def try_scorers(self) -> None:
         """Starts the isolated terms' processes and ends them again: what is wrong with one must not be found out hours
@@ -186,22 +187,53 @@ def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
             run.stop_here(stage)
             began = time.monotonic()
             run.events.write("stage_started", stage=stage)
-            match stage:
-                case "rgb":
-                    run_rgb(run, actors.learner)
-                case "vae":
-                    run_vae(run, actors.learner)
-                case "sft":
-                    run_sft(run, actors.learner)
-                case "continued":
-                    run_continued(run, actors.learner)
-                case "grpo":
-                    run_grpo(run, actors.learner, actors.rollouts, actors.rewards)
-                case "evaluate":
-                    run_evaluate(run, actors.rollouts, actors.rewards)
+            surviving(run, actors, functools.partial(run_stage, run, actors, stage))
             seconds = time.monotonic() - began
             run.events.write("stage_seconds", stage=stage, seconds=round(seconds, 1))
             log.info("%s: done in %.0f s", stage, seconds)
+
+
+def run_stage(run: Run, actors: Actors, stage: str) -> None:
+    """Runs one stage with the actors it needs."""
+    match stage:
+        case "rgb":
+            run_rgb(run, actors.learner)
+        case "vae":
+            run_vae(run, actors.learner)
+        case "sft":
+            run_sft(run, actors.learner)
+        case "continued":
+            run_continued(run, actors.learner)
+        case "grpo":
+            run_grpo(run, actors.learner, actors.rollouts, actors.rewards)
+        case "evaluate":
+            run_evaluate(run, actors.rollouts, actors.rewards)
+
+
+def surviving(run: Run, actors: Actors, stage: Callable[[], None]) -> None:
+    """Runs a stage; where learner ranks are lost, builds new ones and runs it again: it goes on from its last commit.
+
+    Raises:
+        LearnerError: they were lost more than ``cluster.replacements`` times without a commit in between.
+    """
+    allowed, lost, commits = run.config.cluster.replacements, list[str](), run.commits
+    while True:
+        try:
+            return stage()
+        except LearnerError as error:
+            if run.commits > commits:
+                lost, commits = [], run.commits
+            lost.append(str(error))
+            run.events.write("actor_lost", role="learner", cause=str(error))
+            if len(lost) > allowed:
+                raise LearnerError(
+                    f"learner ranks were lost {len(lost)} times without a commit in between, the first time because of "
+                    f"{lost[0]}; mend that, then run the same command again to go on from the last commit"
+                ) from None
+            log.warning("learner ranks were lost (%s); all are started again from the last commit", error)
+            began = time.monotonic()
+            actors.learner.rebuild()
+            run.events.write("actor_replaced", role="learner", seconds=round(time.monotonic() - began, 3))
 
 
 def ensure_dataset(config: RunConfig) -> None:

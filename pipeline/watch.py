@@ -21,7 +21,6 @@ from typing import Any
 from actors.learner import LearnerGroup
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool
-from actors.waiting import wait_all
 from common.commit import begin, commit, step_folder, storage_errors, verify, write_atomic
 from common.errors import CheckpointError
 from common.events import finite
@@ -110,7 +109,7 @@ class Watch:
         self._rollouts.publish(0, *self._learner.publish())
         entries, pixels = self._look(0)
         kept = [self._rewards.keep(self._before(t), pixels[self._held.first(t)]) for t in self._held.tasks]
-        wait_all(kept, "samples from before training to be stored", self._run.config.cluster.deadline_s)
+        self._rewards.wait(kept, "samples from before training to be stored")
         if self._config.stop:
             self._keep_policy(0)
         self._write(0, entries)  # last: this file says that the others are there
@@ -150,7 +149,7 @@ class Watch:
             self._rewards.draw_change(path, rows, self._before(task), pixels[self._held.first(task)])
             for task, path in paths.items()
         ]
-        wait_all(drawn, "pictures of the gaming watch", self._run.config.cluster.deadline_s)
+        self._rewards.wait(drawn, "pictures of the gaming watch")
         message = f"GAMING WATCH, step {step}: {describe(changes, alarm)}"
         shown = [str(path.relative_to(self._run.folder)) for path in paths.values()]
         self._run.events.write("gaming", stage="grpo", step=step, message=message, pictures=shown)

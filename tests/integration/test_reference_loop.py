@@ -86,17 +86,16 @@ def real_loop(bench: Bench, config: RunConfig, variant: str, ranks: int, rollout
     run = Run(config)
     start = starting_point(run, "grpo")
     setup = rollout_setup(run)
-    kind = str(setup)
+    kind = f"{rollouts} {setup}"
     if kind not in bench.rollouts:
-        count = 3 if variant == "full" else 1
-        bench.rollouts[kind] = RolloutPool(ClusterConfig(rollout=RoleConfig(actors=count, cpus=0.1)), setup)
+        bench.rollouts[kind] = RolloutPool(ClusterConfig(rollout=RoleConfig(actors=rollouts, cpus=0.1)), setup)
     pool = bench.rollouts[kind]
-    everyone, pool.actors = pool.actors, pool.actors[:rollouts]
     groups: list[Any] = []
 
-    def watched(asked, *rest):
-        groups.extend(ray.get(group.trajectory).clean_GMCHW for group in asked)
-        return collect(asked, *rest)
+    def watched(sampled, *rest):
+        made = sorted(sampled, key=lambda group: group.request.group)
+        groups.extend(ray.get(group.trajectory).clean_GMCHW for group in made)
+        return collect(made, *rest)
 
     collect = pipeline.grpo.collect
     try:
@@ -104,7 +103,6 @@ def real_loop(bench: Bench, config: RunConfig, variant: str, ranks: int, rollout
             patch.setattr(pipeline.grpo, "collect", watched)
             run_grpo(run, bench.learners[ranks], pool, bench.rewards)
     finally:
-        pool.actors = everyone
         run.close()
     model = starting_policy(config.grpo.start, config.grpo.lora, start.seed)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, QwenImageTransformer2DModel
 from common.commit import verify
 from common.events import group_balance, read_events
 from pipeline.config import load_config
+from pipeline.status import read_status, render_status
 from policy.rollout_files import read_rollouts
 from rewards.groups import build_scorers, score_group
 
@@ -160,6 +161,19 @@ def test_wandb_keeps_an_offline_run(finished):
     assert list((finished[0] / "wandb").glob("offline-run-*/*.wandb"))
 
 
+def status_of(run: Path) -> str:
+    return subprocess.run(
+        [OMNIALPHA, "status", str(run)], env=environment(run), check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+
+
+def test_the_status_of_a_finished_run_says_so(finished):
+    text = status_of(finished[0])
+    assert ": finished, attempt 1, " in text
+    assert text.count("done in ") == 4
+    assert "12 launched" in text
+
+
 def test_no_process_is_left(finished):
     run, _ = finished
     wait_until(lambda: not processes_of(run), 20, "the end of all processes")
@@ -172,6 +186,10 @@ def test_the_same_command_again_skips_what_is_done(finished, real_dataset):
     )
     assert again.returncode == 0
     assert again.stdout.count("done, skipped") == 5
+
+
+def attempts(run: Path) -> int:
+    return sum(event["event"] == "run_started" for event in read_events(run / "events.jsonl"))
 
 
 def kill_at(run: Path, dataset: Path, stage: str, step: int) -> None:
@@ -187,9 +205,11 @@ def kill_at(run: Path, dataset: Path, stage: str, step: int) -> None:
         return any(e["event"] == "step" and e["stage"] == stage and e["step"] >= step for e in events)
 
     wait_until(reached, 240, f"{stage} step {step}")
+    assert f"running, attempt {attempts(run)}, process {driver.pid}, " in render_status(read_status(run))
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     wait_until(lambda: not processes_of(run), 30, "the end of the killed run's processes")
+    assert "without a word" in render_status(read_status(run))
 
 
 @pytest.mark.timeout(1200)  # five starts of Ray
@@ -233,6 +253,7 @@ def test_sigterm_stops_at_a_commit_with_its_exit_code(tmp_path_factory, real_dat
     _, err = driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert "stopped in stage 'sft'" in err
+    assert "stopped on request, attempt 1" in status_of(run)
     assert "Traceback" not in err
     commits = list((run / "sft").glob("step-*"))
     assert commits

@@ -1,0 +1,96 @@
+"""Which actors of a role may work, and when one that was lost is started anew. Pure: time comes from a clock that is
+passed in, and whoever starts, asks and kills actors lives in :mod:`actors.crew`.
+
+    STARTING ──started──▶ STALE ──loaded──▶ SERVING          lost: from everywhere to LOST
+       ▲                    ◀────outdated─────┘
+       └──restarting── LOST
+
+The transition that matters most is the one that is missing: nothing leads to SERVING past STALE, so an actor works only
+after it has loaded the current weights.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+LONGEST_PAUSE_S = 30.0
+
+
+class State(Enum):
+    """Of one actor."""
+
+    STARTING = "starting"
+    STALE = "waiting for weights"
+    SERVING = "serving"
+    LOST = "lost"
+
+
+class Health:
+    """The actors of one role, by number."""
+
+    def __init__(self, role: str, count: int, replacements: int, clock: Callable[[], float]) -> None:
+        """
+        Args:
+            role: names them in messages.
+            count: how many there are.
+            replacements: how many may be replaced in a row, without one answer between them.
+            clock: seconds that never go back.
+        """
+        self._role, self._allowed, self._clock = role, replacements, clock
+        self._states = [State.STARTING] * count
+        self._due = [0.0] * count
+        self._causes: list[str] = []
+
+    def state(self, number: int) -> State:
+        """State of one actor."""
+        return self._states[number]
+
+    def having(self, *states: State) -> list[int]:
+        """Numbers of the actors in one of ``states``."""
+        return [number for number, state in enumerate(self._states) if state in states]
+
+    def started(self, number: int) -> None:
+        """The process is there, without weights."""
+        self._move(number, (State.STARTING,), State.STALE)
+
+    def loaded(self, number: int) -> None:
+        """It holds the current weights."""
+        self._move(number, (State.STALE,), State.SERVING)
+
+    def outdated(self) -> None:
+        """There are newer weights: nobody serves until they are loaded."""
+        for number in self.having(State.SERVING):
+            self._move(number, (State.SERVING,), State.STALE)
+
+    def answered(self) -> None:
+        """One of the actors did its work: losses are counted anew."""
+        self._causes.clear()
+
+    def lost(self, number: int, cause: str) -> None:
+        """An actor is gone. The first of a row is replaced at once, later ones after a pause that doubles."""
+        self._move(number, (State.STARTING, State.STALE, State.SERVING), State.LOST)
+        self._causes.append(cause)
+        pause = 0.0 if len(self._causes) == 1 else min(2.0 ** (len(self._causes) - 2), LONGEST_PAUSE_S)
+        self._due[number] = self._clock() + pause
+
+    def due(self) -> list[int]:
+        """Lost actors whose replacement is to be started now."""
+        return [number for number in self.having(State.LOST) if self._clock() >= self._due[number]]
+
+    def restarting(self, number: int) -> None:
+        """A replacement was started."""
+        self._move(number, (State.LOST,), State.STARTING)
+
+    @property
+    def given_up(self) -> str | None:
+        """Why no actor will be replaced any more, as a person should read it; None while there is hope."""
+        if len(self._causes) <= self._allowed:
+            return None
+        what = f"a {self._role} actor was lost"
+        if self._allowed:
+            what = f"{self._role} actors were lost {len(self._causes)} times in a row, the first time"
+        return f"{what} because {self._causes[0]}"
+
+    def _move(self, number: int, before: Sequence[State], after: State) -> None:
+        if self._states[number] not in before:
+            raise ValueError(f"{self._role} actor {number} is {self._states[number].value}: it cannot be {after.value}")
+        self._states[number] = after

@@ -1,0 +1,276 @@
+"""A rollout or reward actor that dies costs time and nothing else."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+
+from actors.cluster import ClusterConfig, RoleConfig
+from actors.crew import Crew
+from actors.learner import LearnerGroup
+from actors.reward import RewardPool
+from actors.rollout import RolloutPool
+from common.errors import ActorError
+from common.events import group_balance, read_events
+from pipeline.config import RunConfig, load_config
+from pipeline.grpo import run_grpo
+from pipeline.run import Run
+from pipeline.stages import rollout_setup
+from policy.folder import load_transformer
+from tests.faults.worker import Worker
+from tests.integration.policies import write_policy
+from tests.integration.test_whole_loop import wait_until
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
+
+
+def pid_of(actor: Any) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+@dataclass
+class Heard:
+    """What a crew told."""
+
+    events: list[tuple[str, dict]]
+
+    def __call__(self, event: str, **facts: Any) -> None:
+        self.events.append((event, facts))
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard([])
+
+
+@pytest.fixture
+def crew(heard) -> Iterator[Any]:
+    made: list[Crew] = []
+
+    def start(count: int = 2, replacements: int = 3, deliver: str | None = "one") -> Crew:
+        actor = ray.remote(num_cpus=0.1)(Worker)
+        settings = {"replacements": replacements, "deadline_s": 240.0, "weights": True, "notify": heard}
+        crew = Crew("rollout", actor.remote, count, **settings)
+        made.append(crew)
+        crew.begin()
+        if deliver:
+            load(crew, deliver)
+        return crew
+
+    yield start
+    for crew in made:
+        for actor in crew.actors:
+            ray.kill(actor)
+
+
+def load(crew: Crew, weights: str) -> None:
+    def check(number: int, answer: str) -> None:
+        assert answer == weights
+
+    crew.deliver(lambda actor: actor.load.remote(weights), check, "weights")
+
+
+def test_work_of_a_killed_actor_is_done_by_another_and_finished_work_is_kept(crew, heard):
+    crew = crew()
+    load(crew, "two")
+    victim = pid_of(crew.actors[0])
+    quick = crew.ask(lambda a: a.work.remote(0, 1), number=0)
+    slow = [crew.ask(lambda a: a.work.remote(3, 2), number=0), crew.ask(lambda a: a.work.remote(3, 3), number=1)]
+    wait_until(lambda: ray.wait(list(quick.refs), timeout=0)[0], 60, "the quick work")
+    killed = []
+    threading.Timer(0.5, lambda: (killed.append(time.monotonic()), os.kill(victim, signal.SIGKILL))).start()
+    lost_at = []
+    crew._notify = lambda event, **facts: (
+        event == "actor_lost" and lost_at.append(time.monotonic()),
+        heard(event, **facts),
+    )
+    first, *others = crew.wait([quick, *slow], "work")
+    assert lost_at[0] - killed[0] < 1
+    assert first == (1, "two", victim)
+    assert [(value, weights) for value, weights, _ in others] == [(2, "two"), (3, "two")]
+    assert victim not in {pid for _, _, pid in others}
+    load(crew, "three")  # waits for the replacement, should the others have been quicker
+    assert heard.names() == ["actor_lost", "actor_replaced"]
+    assert heard.events[0][1]["role"] == "rollout"
+    assert str(victim) in heard.events[0][1]["cause"]
+    answers = crew.wait([crew.ask(lambda a: a.work.remote(0, 4), number=k) for k in range(2)], "work")
+    assert {weights for _, weights, _ in answers} == {"three"}
+    assert len({pid for *_, pid in answers} - {victim}) == 2
+
+
+def test_a_replacement_loads_the_current_weights_before_it_works(crew):
+    alone = crew(count=1)
+    load(alone, "two")
+    os.kill(pid_of(alone.actors[0]), signal.SIGKILL)
+    ((value, weights, _),) = alone.wait([alone.ask(lambda a: a.work.remote(0, 7))], "work")
+    assert (value, weights) == (7, "two")
+
+
+def test_a_replacement_that_holds_other_weights_does_not_get_to_work(crew):
+    crew = crew()
+    loads = iter(["two", "two", "other"])
+
+    def check(number: int, answer: str) -> None:
+        if answer != "two":
+            raise ActorError(f"rollout actor {number} holds {answer!r}")
+
+    crew.deliver(lambda actor: actor.load.remote(next(loads)), check, "weights")
+    os.kill(pid_of(crew.actors[1]), signal.SIGKILL)
+    with pytest.raises(ActorError, match="rollout actor 1 holds 'other'"):
+        crew.wait([crew.ask(lambda a: a.work.remote(3, 4), number=k % 2) for k in range(12)], "work")
+
+
+def test_an_actor_killed_while_idle_is_replaced_when_new_weights_are_delivered(crew, heard):
+    crew = crew()
+    os.kill(pid_of(crew.actors[1]), signal.SIGKILL)
+    load(crew, "two")
+    answers = crew.wait([crew.ask(lambda a: a.work.remote(0, 4), number=k) for k in range(2)], "work")
+    assert [weights for _, weights, _ in answers] == ["two", "two"]
+    assert heard.names() == ["actor_lost", "actor_replaced"]
+
+
+def test_nobody_works_before_weights_were_delivered(crew):
+    empty = crew(deliver=None)
+    with pytest.raises(ActorError, match="before they had received weights"):
+        empty.ask(lambda a: a.work.remote(0, 1))
+
+
+def test_work_that_kills_whoever_does_it_stops_the_run_with_role_and_first_cause(crew, heard):
+    crew = crew(replacements=2)
+    poison = crew.ask(lambda a: a.die.remote())
+    with pytest.raises(ActorError) as caught:
+        crew.wait([poison], "work")
+    assert str(caught.value).startswith("rollout actors were lost 3 times in a row, the first time because ")
+    assert "run the same command again" in str(caught.value)
+    assert heard.names().count("actor_lost") == 3
+
+
+def test_without_replacements_a_lost_actor_ends_the_run_at_once(crew):
+    crew = crew(count=1, replacements=0)
+    os.kill(pid_of(crew.actors[0]), signal.SIGKILL)
+    with pytest.raises(ActorError, match=r"^a rollout actor was lost because its process"):
+        crew.wait([crew.ask(lambda a: a.work.remote(0, 7))], "work")
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+class Killer:
+    """Kills actors of the loop while they are at work."""
+
+    def __init__(self) -> None:
+        self.killed: list[int] = []
+
+    def at_work(self, actor: Any, pid: int, method: str) -> None:
+        """Waits until the process says that it is inside ``method``, as Ray's process titles do."""
+        title = f".{method}"
+        wait_until(lambda: any(title in part for part in psutil.Process(pid).cmdline()), 60, f"the call of {method}")
+        os.kill(pid, signal.SIGKILL)
+        self.killed.append(pid)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, real_dataset) -> Any:
+    policy = write_policy(tmp_path_factory.mktemp("policy"))
+
+    def make(folder: Path) -> RunConfig:
+        return load_config(
+            "tiny",
+            [
+                f"run_dir={folder}", f"dataset={real_dataset}", f"grpo.start={policy}", "grpo.steps=4",
+                "grpo.prompts=4", "grpo.group=3", "grpo.optimiser.lr=1e-3", "grpo.pictures_every=2",
+                "grpo.commit_every=1", "tracking.wandb=disabled",
+            ],
+        )  # fmt: skip
+
+    return make
+
+
+def trained(config: RunConfig, disturb: Any = None) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Weights and events of a whole GRPO stage."""
+    cluster = ClusterConfig(
+        learner=RoleConfig(cpus=0.1),
+        rollout=RoleConfig(actors=2, cpus=0.1),
+        reward=RoleConfig(cpus=0.1),
+        deadline_s=240,
+    )
+    run = Run(config)
+    learner = LearnerGroup(cluster)
+    rewards = RewardPool(cluster, config.rewards, run.events.write)
+    rollouts = RolloutPool(cluster, rollout_setup(run), run.events.write)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if disturb:
+                disturb(patch, rollouts, rewards)
+            run_grpo(run, learner, rollouts, rewards)
+    finally:
+        learner.close()
+        run.close()
+        for actor in [*rollouts.crew.actors, *rewards.crew.actors]:
+            ray.kill(actor)
+    weights = load_transformer(run.final("grpo") / "model").state_dict()
+    return weights, read_events(config.folder / "events.jsonl")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, ray_cluster, tmp_path_factory):
+    return trained(config(tmp_path_factory.mktemp("runs") / "quiet"))
+
+
+def test_a_run_whose_rollout_and_reward_actors_are_killed_at_work_ends_bit_equal_to_an_undisturbed_one(
+    config, undisturbed, tmp_path
+):
+    killer = Killer()
+
+    def disturb(patch: pytest.MonkeyPatch, rollouts: RolloutPool, rewards: RewardPool) -> None:
+        sample, score = rollouts.sample, rewards.score
+
+        def sample_and_kill(requests, costs):
+            victim = rollouts.crew.actors[0]
+            pid = pid_of(victim)
+            groups = sample(requests, costs)
+            if requests[0].step == 2:
+                killer.at_work(victim, pid, "sample")
+            return groups
+
+        def score_and_kill(group):
+            (victim,) = rewards.crew.actors
+            if group.request.step != 3 or group.request.group != 1:
+                return score(group)
+            pid = pid_of(victim)
+            os.kill(pid, signal.SIGSTOP)  # so that it surely dies with the group unanswered
+            scoring = score(group)
+            os.kill(pid, signal.SIGKILL)
+            killer.killed.append(pid)
+            return scoring
+
+        patch.setattr(rollouts, "sample", sample_and_kill)
+        patch.setattr(rewards, "score", score_and_kill)
+
+    weights, events = trained(config(tmp_path / "run"), disturb)
+    assert len(killer.killed) == 2
+    quiet, calm = undisturbed
+    assert not [e for e in calm if e["event"] in ("actor_lost", "actor_replaced")]
+    assert all(torch.equal(weights[name], quiet[name]) for name in quiet)
+    told = [(e["event"], e["role"]) for e in events if e["event"] in ("actor_lost", "actor_replaced")]
+    assert sorted(told) == [(e, role) for e in ("actor_lost", "actor_replaced") for role in ("reward", "rollout")]
+    assert group_balance(events) == group_balance(calm)
+    assert group_balance(events)["launched"] == 16
+
+    def steps(log):
+        timed = ("time", "sample_s", "train_s", "max_seconds")
+        return [{k: v for k, v in e.items() if k not in timed} for e in log if e["event"] == "step"]
+
+    assert steps(events) == steps(calm)

@@ -1,0 +1,119 @@
+"""Learner ranks that are lost are built anew from the last commit, in the same run."""
+
+import os
+import signal
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from actors.learner import LearnerGroup
+from common.errors import LearnerError
+from common.events import group_balance, read_events
+from pipeline.config import RunConfig, load_config
+from pipeline.run import Run
+from pipeline.stages import Actors, run_stage, surviving
+from policy.folder import load_transformer
+from tests.integration.policies import write_policy
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
+
+CLUSTER = (
+    "cluster={learner: {actors: 2, cpus: 0.1}, rollout: {actors: 1, cpus: 0.1}, reward: {actors: 1, cpus: 0.1}, "
+    "deadline_s: 240, replacements: 1}"
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, real_dataset) -> Any:
+    policy = write_policy(tmp_path_factory.mktemp("policy"))
+
+    def make(folder: Path) -> RunConfig:
+        own = [
+            f"run_dir={folder}",
+            f"dataset={real_dataset}",
+            f"grpo.start={policy}",
+            "tracking.wandb=disabled",
+            CLUSTER,
+        ]
+        size = ["grpo.steps=4", "grpo.prompts=3", "grpo.group=3", "grpo.optimiser.lr=1e-3", "grpo.commit_every=1"]
+        return load_config("tiny", [*own, *size])
+
+    return make
+
+
+def trained(config: RunConfig, disturb: Any = None) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Weights and events of a whole GRPO stage; ``disturb(learner, step)`` may change a step's items."""
+    run = Run(config)
+    actors = Actors(run)
+    train = LearnerGroup.train
+
+    def disturbed(self, step, items, *rest):
+        return train(self, step, disturb(self, step, items) if disturb else items, *rest)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LearnerGroup, "train", disturbed)
+            surviving(run, actors, partial(run_stage, run, actors, "grpo"))
+    finally:
+        actors.learner.close()
+        actors.close()
+        run.close()
+        for actor in [*actors.rollouts.crew.actors, *actors.rewards.crew.actors]:
+            ray.kill(actor)
+    weights = load_transformer(run.final("grpo") / "model").state_dict()
+    return weights, read_events(config.folder / "events.jsonl")
+
+
+def steps(events: list[dict]) -> dict[int, dict]:
+    """What each step came to in the end."""
+    timed = ("time", "sample_s", "train_s", "max_seconds")
+    return {e["step"]: {k: v for k, v in e.items() if k not in timed} for e in events if e["event"] == "step"}
+
+
+def test_ranks_lost_in_the_middle_of_steps_are_built_anew_and_every_step_is_that_of_an_undisturbed_run(
+    config, tmp_path
+):
+    quiet, calm = trained(config(tmp_path / "quiet"))
+    told: list[str] = []
+
+    def disturb(learner, step, items):
+        if step == 1 and not told:
+            told.append("killed")
+            pid = ray.get(learner._ranks[1].__ray_call__.remote(lambda _: os.getpid()))
+            os.kill(pid, signal.SIGSTOP)  # so that its peer waits for it in the middle of the step
+            threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+        if step == 2 and len(told) == 1:
+            told.append("raised")
+            return [replace(items[0], payload=None), *items[1:]]  # one rank cannot make sense of it
+        return items
+
+    weights, events = trained(config(tmp_path / "run"), disturb)
+    assert told == ["killed", "raised"]
+    assert all(torch.equal(weights[name], quiet[name]) for name in quiet)
+    assert steps(events) == steps(calm)
+    lost = [e["cause"] for e in events if e["event"] == "actor_lost"]
+    assert len(lost) == 2
+    assert lost[0].startswith("learner rank 1: its process")
+    assert [e["event"] for e in events].count("actor_replaced") == 2
+    assert [e["to_step"] for e in events if e["event"] == "rollback"] == [1, 2]
+    balance = group_balance(events)
+    assert balance["launched"] == sum(count for key, count in balance.items() if key != "launched") == 12 + 6
+    assert balance["dropped:rolled back"] == 6
+    assert "in_flight" not in balance
+
+
+def test_ranks_that_are_lost_without_a_commit_in_between_stop_the_run_with_the_first_cause(config, tmp_path):
+    def disturb(learner, step, items):
+        return [replace(items[0], payload=step)] if step == 1 else items
+
+    with pytest.raises(LearnerError, match=r"^learner ranks were lost 2 times without a commit .* 'int' object has no"):
+        trained(config(tmp_path / "run"), disturb)
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    assert [e["event"] for e in events].count("actor_lost") == 2
+    assert max(e["step"] for e in events if e["event"] == "commit") == 1

@@ -1,0 +1,112 @@
+"""Who may serve, who is replaced and when: the rules of a role's health, with a clock that only the test moves."""
+
+import itertools
+
+import pytest
+
+from actors.health import LONGEST_PAUSE_S, Health, State
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def serving(clock: Clock, count: int = 2, replacements: int = 3) -> Health:
+    health = Health("rollout", count, replacements, clock)
+    for number in range(count):
+        health.started(number)
+        health.loaded(number)
+    return health
+
+
+def test_an_actor_that_has_started_does_not_serve_before_it_holds_weights(clock):
+    health = Health("rollout", 1, 3, clock)
+    health.started(0)
+    assert health.having(State.SERVING) == []
+    health.loaded(0)
+    assert health.having(State.SERVING) == [0]
+
+
+def test_a_replacement_serves_only_by_way_of_the_current_weights(clock):
+    health = serving(clock)
+    health.lost(0, "killed")
+    health.restarting(0)
+    with pytest.raises(ValueError, match="rollout actor 0 is starting: it cannot be serving"):
+        health.loaded(0)
+    health.started(0)
+    assert health.having(State.SERVING) == [1]
+    health.loaded(0)
+    assert health.having(State.SERVING) == [0, 1]
+
+
+def test_newer_weights_make_everybody_stale_and_leave_the_lost_lost(clock):
+    health = serving(clock, 3)
+    health.lost(2, "killed")
+    health.outdated()
+    assert [health.state(number) for number in range(3)] == [State.STALE, State.STALE, State.LOST]
+
+
+def test_nothing_but_a_load_leads_to_serving(clock):
+    moves = ("started", "restarting", "lost", "outdated", "loaded")
+    for path in itertools.product(moves, repeat=4):
+        health = Health("rollout", 1, 9, clock)
+        before = health.state(0)
+        for move in path:
+            try:
+                getattr(health, move)(*{"outdated": (), "lost": (0, "x")}.get(move, (0,)))
+            except ValueError:
+                continue
+            if health.state(0) is State.SERVING and before is not State.SERVING:
+                assert (move, before) == ("loaded", State.STALE)
+            before = health.state(0)
+
+
+def test_the_first_loss_is_replaced_at_once_and_later_ones_after_a_pause_that_doubles(clock):
+    health = serving(clock, 1, replacements=20)
+    pauses = []
+    for _ in range(9):
+        health.lost(0, "killed")
+        began = clock.now
+        while health.due() == []:
+            clock.now += 0.5
+        pauses.append(clock.now - began)
+        health.restarting(0)
+    assert pauses == [0, 1, 2, 4, 8, 16, LONGEST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
+
+
+def test_an_answer_from_anyone_starts_the_count_anew(clock):
+    health = serving(clock, 2, replacements=1)
+    for _ in range(5):
+        health.lost(0, "killed")
+        assert health.given_up is None
+        health.restarting(0)
+        health.started(0)
+        health.loaded(0)
+        health.answered()
+
+
+def test_giving_up_names_the_role_and_the_first_cause_of_the_row(clock):
+    health = serving(clock, 2, replacements=2)
+    health.lost(0, "an old story")
+    health.answered()
+    health.lost(1, "out of memory")
+    health.restarting(1)
+    health.lost(1, "no room for it")
+    assert health.given_up is None
+    health.restarting(1)
+    health.lost(1, "no room for it")
+    assert health.given_up == "rollout actors were lost 3 times in a row, the first time because out of memory"
+
+
+def test_without_replacements_the_first_loss_is_the_end(clock):
+    health = serving(clock, 1, replacements=0)
+    health.lost(0, "killed")
+    assert health.given_up == "a rollout actor was lost because killed"
