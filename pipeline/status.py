@@ -49,10 +49,10 @@ class Status:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Stages of the whole run."""
+        """Stages of the whole run: those that its configuration has, and none before ``grpo.start``."""
         if (self.config.get("grpo") or {}).get("start"):
             return ("grpo", "evaluate")
-        return (*(TRAINED if self.config.get("rgb") else TRAINED[1:]), "evaluate")
+        return tuple(stage for stage in (*TRAINED, "evaluate") if not self.config or self.config.get(stage))
 
     @property
     def stage(self) -> str | None:
