@@ -26,9 +26,12 @@ from pipeline.grpo import run_grpo
 from pipeline.run import Run
 from pipeline.stages import rollout_setup
 from policy.folder import load_transformer
+from tests.faults import worker
 from tests.faults.worker import Worker
 from tests.integration.policies import write_policy
 from tests.integration.test_whole_loop import wait_until
+
+ray.cloudpickle.register_pickle_by_value(worker)  # actors cannot import the tests
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
 
