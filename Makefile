@@ -1,5 +1,6 @@
 # make demo    the whole system on real data: VAE, SFT, GRPO, evaluation (about half an hour on two cores)
 # make test    every test, with one tiny run of the whole loop
+# make test-faults   whole runs disturbed on purpose: killed actors and ranks, an interrupted gaming watch
 # make setup   what both need, in .venv; quick when it is there
 # make study   the demo's policy trained again under many settings; hours on two cores, goes on where it stopped
 # make bench   ratios of speed against baselines, after a demo
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint types study bench soak base tools clean
+.PHONY: setup demo test test-faults lint types study bench soak base tools clean
 
 setup: $(VENV)/.complete
 
@@ -33,6 +34,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-faults: setup
+	$(BIN)/python -m pytest -m faults -n 0
 
 lint: setup
 	$(BIN)/ruff check .

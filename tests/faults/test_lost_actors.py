@@ -232,6 +232,7 @@ def undisturbed(config, ray_cluster, tmp_path_factory):
     return trained(config(tmp_path_factory.mktemp("runs") / "quiet"))
 
 
+@pytest.mark.faults
 def test_a_run_whose_rollout_and_reward_actors_are_killed_at_work_ends_bit_equal_to_an_undisturbed_one(
     config, undisturbed, tmp_path
 ):

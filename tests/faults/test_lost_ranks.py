@@ -21,7 +21,12 @@ from pipeline.stages import Actors, run_stage, surviving
 from policy.folder import load_transformer
 from tests.integration.policies import write_policy
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("ray_cluster"),
+]
 
 CLUSTER = (
     "cluster={learner: {actors: 2, cpus: 0.1}, rollout: {actors: 1, cpus: 0.1}, reward: {actors: 1, cpus: 0.1}, "

@@ -156,6 +156,7 @@ def test_with_stop_the_stage_ends_early_and_hands_on_the_last_policy_without_sus
     assert same_weights(final.path / "model", bench.policy) == (final.step == 0)
 
 
+@pytest.mark.faults
 def test_a_killed_run_comes_to_the_same_verdicts_and_the_same_result(stopped, bench, monkeypatch):
     config = gamed(bench, "killed", "grpo.watch.stop=true", "grpo.commit_every=3")
     [end] = events(stopped, "stopped_early")
@@ -183,6 +184,7 @@ def test_a_killed_run_comes_to_the_same_verdicts_and_the_same_result(stopped, be
     assert verify(run / "grpo" / "final").step == verify(stopped / "grpo" / "final").step
 
 
+@pytest.mark.faults
 def test_a_run_killed_after_the_alarm_was_committed_takes_no_further_step(stopped, bench):
     config = gamed(bench, "late", "grpo.watch.stop=true")
     shutil.copytree(stopped, config.folder)
