@@ -170,7 +170,7 @@ def status_of(run: Path) -> str:
 def test_the_status_of_a_finished_run_says_so(finished):
     text = status_of(finished[0])
     assert ": finished, attempt 1, " in text
-    assert text.count("done in ") == 4
+    assert text.count("done in ") == 5
     assert "12 launched" in text
 
 
