@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("omnialpha")
 
-POLICY = "demo-base"
-"""The policy that comes with the package."""
-
 OPTIONS = {"image": "--input", "mask": "--mask"}
 """The option that brings each input role of the task table."""
 
@@ -28,12 +25,7 @@ OPTIONS = {"image": "--input", "mask": "--mask"}
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
     parser = commands.add_parser("sample", help="apply a trained policy to a picture of yours")
-    parser.add_argument(
-        "--policy",
-        type=Path,
-        default=Path(POLICY),
-        help=f"model folder, such as runs/demo/grpo/final/model, or {POLICY}",
-    )
+    parser.add_argument("--policy", type=Path, required=True, help="model folder, such as runs/demo/grpo/final/model")
     parser.add_argument("--task", required=True, help="what to do, such as automatic_matting or object_removal")
     parser.add_argument("--input", type=Path, help="the picture, for tasks that take one")
     parser.add_argument("--mask", type=Path, help="white marks the object, for tasks that take a mask")
