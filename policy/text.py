@@ -22,8 +22,8 @@ class TextEncoder:
         self._model = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
         self._cached = lru_cache(maxsize=16384)(self._encode)
 
-    def encode(self, prompt: str) -> torch.Tensor:
-        """Hidden states of one prompt, (T, 384) float32, T ≤ 48 with the two special tokens."""
+    def encode(self, prompt: str, inputs: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """Hidden states of one prompt, (T, 384) float32, T ≤ 48 with the two special tokens; it sees no ``inputs``."""
         return self._cached(prompt)
 
     def sentence(self, text: str) -> torch.Tensor:
