@@ -86,7 +86,7 @@ def denoise(
             condition.inputs_BNCHW,
             condition.text_BTD,
             condition.text_mask_BT,
-        )
+        ).to(latents.dtype)
         if step in window:
             assert kernel is not None
             assert noise is not None
