@@ -2,7 +2,8 @@
 # make test    every test, with one tiny run of the whole loop
 # make test-faults   whole runs disturbed on purpose: killed actors and ranks, an interrupted gaming watch
 # make setup   what both need, in .venv; quick when it is there
-# make study   the demo's policy trained again under many settings; hours on two cores, goes on where it stopped
+# make study   the demo with two more seeds, after a demo; forty minutes on two cores
+# make sweep   the demo's policy trained again under many settings; hours on two cores, goes on where it stopped
 # make bench   ratios of speed against baselines, after a demo
 # make base    trains the policy that the demo starts from; hours on two cores, goes on where it stopped
 # make soak    kills a tiny run at random moments until it finishes
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 
-.PHONY: setup demo test test-faults lint types study bench soak base tools clean
+.PHONY: setup demo test test-faults lint types study sweep bench soak base tools clean
 
 setup: $(VENV)/.complete
 
@@ -46,6 +47,10 @@ types: setup
 	$(BIN)/mypy
 
 study: setup
+	$(BIN)/python -m benchmarks.seeds run runs/demo --out runs/seeds
+	$(BIN)/python -m benchmarks.seeds table runs/demo --out runs/seeds
+
+sweep: setup
 	$(BIN)/python -m benchmarks.study run runs/demo --out runs/study
 	$(BIN)/python -m benchmarks.study table --out runs/study
 

@@ -8,6 +8,7 @@ of micro-batches may differ from step to step, and DeepSpeed has dropped all but
 import math
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from common.config import StrictConfig
 from common.errors import CheckpointError, NumericsError
+from policy.precision import Precision, computing
 from policy.programs import MicroLoss
 
 ENGINE_TAG = "engine"
@@ -47,7 +49,7 @@ class EngineConfig(StrictConfig):
     """DeepSpeed ZeRO stage."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of the averaged weights that a stage hands on; 0 switches averaging off."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Of matrix products and convolutions in the forward and backward pass (autocast); weights stay float32."""
 
 
@@ -101,10 +103,9 @@ class Engine:
         if config.ema:
             self.ema = {name: value.detach().clone() for name, value in self.weights().items()}
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[None]:
         """Context of a forward pass at the configured precision."""
-        device = next(self.module.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return computing(self.config.precision, next(self.module.parameters()).device.type)
 
     def accumulate(self, loss: MicroLoss, global_count: int, *, last: bool, weight: float = 1.0) -> None:
         """Backward of one micro-batch.

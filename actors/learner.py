@@ -176,9 +176,10 @@ class LearnerRank:
         """
         program, engine = self._rl_program(), self._ready().engine
         assert isinstance(program, GrpoProgram)
-        results = [program.recompute(engine, payload) for payload in payloads]
-        for _ in range(spare):
-            program.recompute(engine, payloads[-1])
+        with self._ready().autocast():
+            results = [program.recompute(engine, payload) for payload in payloads]
+            for _ in range(spare):
+                program.recompute(engine, payloads[-1])
         groups, errors = zip(*results, strict=True)
         return (*groups, float(np.max(errors)))  # a NaN must not hide behind another group's number
 

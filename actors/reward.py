@@ -28,6 +28,7 @@ from rewards.base import Scores, build
 from rewards.combine import RewardConfig, active_terms
 from rewards.groups import GroupScores, join_scores, score_terms
 from rewards.metrics import sample_metrics
+from rewards.set_features import Cloud, layer_features
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Measured:
     metrics: dict[str, float]
     reasons: tuple[str, ...] = ()
     """Why scores are missing."""
+    features: Cloud = ()
+    """Of the predicted layers, where they were asked for."""
+    truth: Cloud = ()
+    """Of the true layers."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class MeasuredHere:
     name: str
     scores: list[Scores]
     metrics: dict[str, float]
+    features: tuple[Cloud, Cloud] = ((), ())
+    """Of the predicted and the true layers."""
 
 
 class RewardActor:
@@ -66,14 +73,15 @@ class RewardActor:
         with storage_errors(path):
             write_rollouts(path, step, names, groups)
 
-    def measure(self, groups: Sequence[GroupPixels]) -> list[MeasuredHere]:
-        """Scores and measures groups of one (evaluation)."""
+    def measure(self, groups: Sequence[GroupPixels], features: bool) -> list[MeasuredHere]:
+        """Scores and measures groups of one (evaluation), with ``features`` for distances of whole sets."""
         measured = []
         for pixels in groups:
             scores = self.score(pixels) if active_terms(self._config, pixels.task) else []
             roles = get_task(pixels.task).targets
             layers, targets = torch.tensor(pixels.layers_GLCHW[0]), torch.tensor(pixels.targets_LCHW)
-            measured.append(MeasuredHere(pixels.name, scores, sample_metrics(roles, layers, targets)))
+            clouds = (layer_features(layers), layer_features(targets)) if features else ((), ())
+            measured.append(MeasuredHere(pixels.name, scores, sample_metrics(roles, layers, targets), clouds))
         return measured
 
     def keep(self, path: Path, groups: list[GroupPixels]) -> None:
@@ -217,11 +225,11 @@ class RewardPool:
             for group, shared, own in zip(groups, *self._wait(groups, "reward actors: scores"), strict=True)
         ]
 
-    def measure(self, task: str, count: Any, pixels: Any) -> Scoring:
-        """Submits evaluation groups of one task by reference."""
+    def measure(self, task: str, count: Any, pixels: Any, features: bool = False) -> Scoring:
+        """Submits evaluation groups of one task by reference; with ``features`` their clouds are measured too."""
         scorers = self._scorers
         own = scorers.run(self._measure_isolated(scorers, task, count, pixels)) if scorers else None
-        return Scoring(task, self.crew.ask(lambda a: a.measure.remote(pixels)), own)
+        return Scoring(task, self.crew.ask(lambda a: a.measure.remote(pixels, features)), own)
 
     def measured(self, chunks: Sequence[Scoring], what: str) -> list[Measured]:
         """Waits for evaluated records; raises as :meth:`scores`."""
@@ -231,7 +239,7 @@ class RewardPool:
                 scores = [*here.scores, *(own[number] if own else ())]
                 joined = join_scores(self._config, scores, f"record {here.name}") if scores else None
                 terms = dict(zip(joined.terms, joined.scores_TG[:, 0].tolist(), strict=True)) if joined else {}
-                measured.append(Measured(terms, here.metrics, joined.reasons if joined else ()))
+                measured.append(Measured(terms, here.metrics, joined.reasons if joined else (), *here.features))
         return measured
 
     def _wait(self, scorings: Sequence[Scoring], what: str) -> tuple[list[Any], list[Any]]:

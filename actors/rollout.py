@@ -25,6 +25,7 @@ from policy.dit import PATCH
 from policy.folder import load_transformer, load_vae, starting_policy
 from policy.group import GroupMeta, GroupPixels, GroupRequest, GroupTrajectory, Recording
 from policy.kernels import KernelConfig
+from policy.precision import Precision, computing
 from policy.rl import Start, training_times
 from policy.sampling import Condition, denoise, member_noise
 from policy.schedule import SamplingConfig, ScheduleConfig
@@ -48,6 +49,8 @@ class RolloutSetup:
     """Whether the members of a group start from the same noise."""
     recording: Recording = field(default_factory=Recording)
     """What groups carry for the learner."""
+    precision: Precision = "float32"
+    """Of the transformer while it samples groups; evaluation samples in float32."""
 
 
 class RolloutActor:
@@ -98,16 +101,17 @@ class RolloutActor:
         if recording.window:
             window = setup.sampling.window_steps(setup.seed, request.step - 1, request.group)
         trained = tuple(window) or training_times(seeds, recording.times, schedule.steps)
-        result = denoise(
-            self._model,
-            Condition(inputs_NCHW[None], text_TD[None]).expand(request.members),
-            noise("initial", setup.share_noise),
-            schedule.sigmas(),
-            window,
-            setup.kernel,
-            lambda step: noise(f"step {step}"),
-            solver=schedule.solver,
-        )
+        with computing(setup.precision):
+            result = denoise(
+                self._model,
+                Condition(inputs_NCHW[None], text_TD[None]).expand(request.members),
+                noise("initial", setup.share_noise),
+                schedule.sigmas(),
+                window,
+                setup.kernel,
+                lambda step: noise(f"step {step}"),
+                solver=schedule.solver,
+            )
         layers = self._codec.decode_stacks(result.latents_BMCHW)
         sequence = task.images * (shape[-2] // PATCH) * (shape[-1] // PATCH) + len(text_TD)
         meta = GroupMeta(

@@ -210,9 +210,9 @@ def _task_by_counts(named: str | None, inputs: int, targets: int, begins: bool |
         task
         for task in TASKS.values()
         if (len(task.inputs), len(task.targets)) == (inputs, targets)
-        and (begins is None or begins == (task.targets[0] == "background"))
+        and (begins is None or begins == (task.targets[0] != "foreground"))
     ]
-    first = {None: "", True: ", the first output a background", False: ", the first output a foreground"}[begins]
+    first = {None: "", True: ", the first output opaque", False: ", the first output a foreground"}[begins]
     return _chosen(named, fitting, where, f"{inputs} inputs and {targets} outputs{first}", "field task")
 
 

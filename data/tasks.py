@@ -1,7 +1,8 @@
 """The task table: adding a task to the system touches this file alone.
 
 A task says which roles its inputs and targets play, how its instruction is phrased, and which reward terms
-judge it (Table 1 of arXiv 2511.20211 v2; mask-conditioned matting is from v1). Targets are listed back to front.
+judge it (Table 1 of arXiv 2511.20211 v2; mask-conditioned matting and the two completions are from v1). Targets are
+listed back to front.
 """
 
 import re
@@ -10,8 +11,8 @@ from typing import Literal
 
 from common.errors import ConfigError
 
-TargetRole = Literal["background", "foreground"]
-InputRole = Literal["image", "mask"]
+TargetRole = Literal["background", "foreground", "image"]
+InputRole = Literal["image", "mask", "background", "foreground"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,20 @@ TASKS: dict[str, Task] = {
             ("background", "foreground"),
             ("Split this image into a complete background and its foreground.", "Decompose the image into layers."),
             ("layer", "composition", "background", "boundary"),
+        ),
+        Task(
+            "foreground_to_image",
+            ("foreground",),
+            ("image",),
+            ("Complete the picture round {caption}.", "Paint a scene behind {caption}."),
+            (),
+        ),
+        Task(
+            "background_to_image",
+            ("background",),
+            ("image",),
+            ("Add {caption} to this scene.", "Complete this background with {caption}."),
+            (),
         ),
     )
 }

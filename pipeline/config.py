@@ -25,6 +25,7 @@ from policy.dit import DitConfig
 from policy.folder import shipped_policies
 from policy.group import Recording
 from policy.kernels import KernelConfig
+from policy.precision import Precision
 from policy.programs import SftConfig, VaeLossConfig
 from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig
@@ -45,6 +46,9 @@ class TrainingConfig(StrictConfig):
     """Steps between commits; a killed run loses at most this many."""
     zero_stage: int = Field(1, ge=0, le=3)
     """DeepSpeed ZeRO stage."""
+    precision: Precision = "float32"
+    """Of matrix products and convolutions while training, and in GRPO while sampling groups (autocast); weights stay
+    float32."""
     tasks: dict[str, float]
     """Relative weight of each task in the mix."""
 
@@ -71,8 +75,6 @@ class BatchedConfig(TrainingConfig):
     """Backward calls per optimiser step over all ranks; the same whatever their number."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of the averaged weights that the stage hands on; 0 switches averaging off."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products and convolutions while training (autocast); weights stay float32."""
 
 
 class RgbStageConfig(BatchedConfig):

@@ -38,7 +38,8 @@ def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: Re
     """Trains the starting policy with rewards of its decoded layers."""
     config, stage = run.config, run.config.grpo
     make = stage.program(starting_point(run, "grpo"))
-    learner.setup(make, stage.optimiser, EngineConfig(zero_stage=stage.zero_stage), stage.steps)
+    engine = EngineConfig(zero_stage=stage.zero_stage, precision=stage.precision)
+    learner.setup(make, stage.optimiser, engine, stage.steps)
     watch = Watch(run, learner, rollouts, rewards)
     progress = Progress(run, "grpo", stage.steps, stage.commit_every)
     start = progress.resume(learner.restore)

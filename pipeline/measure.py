@@ -61,14 +61,19 @@ class HeldOut:
 
 
 def measure(
-    config: RunConfig, rollouts: RolloutPool, rewards: RewardPool, held: HeldOut, what: str
+    config: RunConfig,
+    rollouts: RolloutPool,
+    rewards: RewardPool,
+    held: HeldOut,
+    what: str,
+    features: bool = False,
 ) -> tuple[list[Measured], list[Any]]:
     """One deterministic sample per record from the actors' current policy: (measurements in the records' order, each
-    chunk's pixels by reference)."""
+    chunk's pixels by reference); with ``features`` also what distances of whole sets need."""
     results = rollouts.generate(held.split, [indices for _, indices in held.chunks], config.evaluate.schedule)
     scores, pixels = [], []
     for (task, _), (count, groups) in zip(held.chunks, results, strict=True):  # as they come into being
-        scores.append(rewards.measure(task, count, groups))
+        scores.append(rewards.measure(task, count, groups, features))
         pixels.append(groups)
     measured = rewards.measured(scores, what)
     if reasons := Counter(reason for entry in measured for reason in entry.reasons):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("omnialpha")
 
-OPTIONS = {"image": "--input", "mask": "--mask"}
+OPTIONS = {"image": "--input", "foreground": "--input", "background": "--input", "mask": "--mask"}
 """The option that brings each input role of the task table."""
 
 
@@ -71,9 +71,9 @@ def _sample(options: argparse.Namespace) -> None:
     policy = Policy(folder)
     policy.check_size(config.size)
     box = None
-    if "image" in pixels:
-        height, width = pixels["image"].shape[:2]
-        box = Letterbox.fit(height, width, config.size, policy.patch, str(paths["image"]))
+    if picture := _picture(task):
+        height, width = pixels[picture].shape[:2]
+        box = Letterbox.fit(height, width, config.size, policy.patch, str(paths[picture]))
     layers_GLCHW = policy.infer(task, _conditions(task, box, pixels), prompt, config)
     for layers_LCHW, names in zip(layers_GLCHW, outputs, strict=True):
         layers = [
@@ -100,9 +100,9 @@ def _prompt(task: "Task", given: str | None) -> str:
 
 def _inputs(task: "Task", options: argparse.Namespace) -> dict[str, Path]:
     """Role -> file, exactly as the task table wants it."""
-    given = {
-        role: path for role, option in OPTIONS.items() if (path := getattr(options, option.strip("-"))) is not None
-    }
+    # Of the roles that share --input the task has at most one; "image" stands for them where it has none.
+    roles = {"--input": _picture(task) or "image", "--mask": "mask"}
+    given = {role: path for option, role in roles.items() if (path := getattr(options, option.strip("-"))) is not None}
     if given.keys() != set(task.inputs):
         wanted = " and ".join(OPTIONS[role] for role in task.inputs) or "no pictures, only --prompt"
         missing = [OPTIONS[role] for role in task.inputs if role not in given]
@@ -117,7 +117,12 @@ def _takes_input_colours(task: "Task", choice: str | None) -> bool:
     """Whether foregrounds show the input's colours. Matting cuts them out of it; other tasks paint what it hides."""
     if choice == "input" and not ("image" in task.inputs and task.foregrounds):
         raise ConfigError(f"{task.name} cuts no foreground out of an input; leave out --colours input")
-    return choice == "input" or (choice is None and bool(task.inputs) and not task.backgrounds)
+    return choice == "input" or (choice is None and bool(task.inputs and task.foregrounds) and not task.backgrounds)
+
+
+def _picture(task: "Task") -> str | None:
+    """The role of the input that is no mask."""
+    return next((role for role in task.inputs if role != "mask"), None)
 
 
 def _outputs(task: "Task", out: Path, count: int, inputs: list[Path]) -> list[list[Path]]:
@@ -160,7 +165,14 @@ def _check_mask(pixels: "dict[str, np.ndarray]", paths: dict[str, Path]) -> None
 def _conditions(task: "Task", box: "Letterbox | None", pixels: "dict[str, np.ndarray]") -> "list[Tensor]":
     if box is None:
         return []
-    return [box.mask(pixels[role]) if role == "mask" else box.image(pixels[role]) for role in task.inputs]
+    import torch
+
+    def condition(role: str) -> "Tensor":
+        if role == "foreground":
+            return torch.from_numpy(box.layer(pixels[role])).permute(2, 0, 1) / 255
+        return box.mask(pixels[role]) if role == "mask" else box.image(pixels[role])
+
+    return [condition(role) for role in task.inputs]
 
 
 def _at_native_size(layer: "Tensor", box: "Letterbox | None", photo: "np.ndarray | None") -> "np.ndarray":

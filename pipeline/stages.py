@@ -171,6 +171,7 @@ def rollout_setup(run: Run) -> RolloutSetup:
         grpo.kernel,
         grpo.share_noise,
         grpo.recording,
+        grpo.precision,
     )
 
 

@@ -26,7 +26,7 @@ from common.errors import CheckpointError
 from common.events import finite
 from pipeline.measure import HeldOut, measure, quantity
 from pipeline.run import Run
-from rewards.gaming import Change, Entry, Suspects, alarms, describe, judge, suspects, watched
+from rewards.gaming import FRECHET, Change, Entry, Suspects, alarms, describe, judge, suspects, watched
 
 log = logging.getLogger("omnialpha")
 
@@ -117,7 +117,8 @@ class Watch:
     def _look(self, step: int) -> tuple[list[Entry], list[Any]]:
         """Measurements, and each chunk's pixels by reference."""
         config = self._run.config
-        measured, pixels = measure(config, self._rollouts, self._rewards, self._held, f"gaming watch, step {step}")
+        what, features = f"gaming watch, step {step}", any(FRECHET in names for names in self._outside.values())
+        measured, pixels = measure(config, self._rollouts, self._rewards, self._held, what, features)
         entries = [
             Entry(
                 record=record.id,
@@ -126,6 +127,8 @@ class Watch:
                 object=record.object_groups[0],
                 reward=quantity(config, found, "reward"),
                 metrics=found.metrics,
+                features=found.features,
+                truth=found.truth,
             )
             for record, found in zip(self._held.records, measured, strict=True)
         ]
@@ -175,7 +178,7 @@ class Watch:
 
     def _write(self, step: int, entries: Sequence[Entry]) -> None:
         content = finite({"step": step, "entries": [asdict(entry) for entry in entries]})
-        write_atomic(self._path(step), json.dumps(content, indent=1) + "\n")
+        write_atomic(self._path(step), json.dumps(content) + "\n")
 
     def _read(self, step: int) -> list[Entry]:
         """

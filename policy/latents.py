@@ -54,14 +54,15 @@ class LatentCache:
     def stack(self, digests: Iterable[str]) -> torch.Tensor:
         """Normalised latents (K, C, H, W) float32 in the order asked for."""
         try:
-            rows = [self._rows[digest] for digest in digests]
+            # Before stacking: under bfloat16 autocast torch refuses to join float16 tensors.
+            rows = [self._rows[digest].float() for digest in digests]
         except KeyError as error:
             raise CheckpointError(
                 f"{self._folder}: image {error.args[0]} was never encoded; the dataset changed after `omnialpha vae`"
             ) from None
         if not rows:
             return torch.zeros(0, *next(iter(self._rows.values())).shape)
-        return (torch.stack(rows).float() - self._mean) / self._std
+        return (torch.stack(rows) - self._mean) / self._std
 
 
 @dataclass(frozen=True)

@@ -220,4 +220,5 @@ def training_times(key: tuple[int, int, int], times: int, steps: int) -> tuple[i
 def _velocity(model: torch.nn.Module, group: GroupTrajectory, states: torch.Tensor, sigma: float) -> torch.Tensor:
     condition = group.condition()
     times = torch.full((len(states),), sigma)
-    return velocity(model, states, times, condition.inputs_BNCHW, condition.text_BTD, condition.text_mask_BT)
+    # Losses and densities are computed in float32, whatever the model computed in.
+    return velocity(model, states, times, condition.inputs_BNCHW, condition.text_BTD, condition.text_mask_BT).float()

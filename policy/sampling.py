@@ -103,7 +103,7 @@ def denoise(
         if step in window:
             latents = latents.to(storage).to(initial_BMCHW.dtype)
             states.append(latents.to(storage))
-        v = predict(latents, sigma)
+        v = predict(latents, sigma).to(latents.dtype)
         if step in window:
             assert kernel is not None
             assert noise is not None

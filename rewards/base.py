@@ -62,7 +62,7 @@ class RewardBatch:
     prompt: str
     """The instruction as the policy saw it; may be empty."""
     roles: tuple[str, ...]
-    """Role of each of the L target layers, back to front: "background" or "foreground"."""
+    """Role of each of the L target layers, back to front: "background", "foreground" or "image"."""
     layers_GLCHW: Tensor
     """Decoded candidates: G members, L layers, straight-alpha RGBA (C = 4), float32 in [0, 1]."""
     targets_LCHW: Tensor | None = None
@@ -70,7 +70,7 @@ class RewardBatch:
     inputs: tuple[Tensor, ...] = ()
     """Conditioning images, each RGBA 4×H×W float32 in [0, 1]."""
     input_roles: tuple[str, ...] = ()
-    """Role of each input: "image" or "mask"."""
+    """Role of each input: "image", "mask", "background" or "foreground"."""
     group: str = ""
     """Identifier of the group, for messages and logs."""
 

@@ -161,7 +161,11 @@ def example_group(task: str, size: int = 64) -> RewardBatch:
 
     def layers(fault: int) -> Tensor:
         drawn = [
-            _background(height, width, fault) if role == "background" else _disc(height, width, fault, place)
+            _disc(height, width, fault, place)
+            if role == "foreground"
+            else _background(height, width, fault)
+            if role == "background"
+            else over(torch.stack([_background(height, width, fault), _disc(height, width, fault, place)])).clamp(0, 1)
             for place, role in enumerate(entry.targets)
         ]
         return torch.stack(drawn)
@@ -169,6 +173,8 @@ def example_group(task: str, size: int = 64) -> RewardBatch:
     object_4HW = _disc(height, width, 0, len(entry.targets) - 1)
     images = {
         "image": over(torch.stack([_background(height, width, 0), object_4HW])).clamp(0, 1),
+        "background": _background(height, width, 0),
+        "foreground": object_4HW,
         "mask": torch.cat([(object_4HW[3:] > 0).float().expand(3, height, width), torch.ones(1, height, width)]),
     }
     return RewardBatch(

@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from common.config import StrictConfig
 from data.tasks import get_task
 from rewards.combine import RewardConfig, active_terms
 from rewards.metrics import HIGHER_IS_BETTER, NEEDS_ROLE, goodness
-from rewards.statistics import cluster_t_interval
+from rewards.set_features import Cloud, cloud_distance
+from rewards.statistics import cluster_t_interval, cluster_t_interval_of
 
 OPTIMISES = {
     "layer": ("psnr_white", "background_psnr"),
@@ -24,6 +26,11 @@ OPTIMISES = {
     "alpha_connectivity": ("alpha_conn",),
 }
 """Metrics that measure what a registered scorer is, up to scale: they say nothing about it."""
+
+
+FRECHET = "frechet"
+"""Watched like a metric, but of a task's whole set of records: the Fréchet distance of features to the truth's."""
+FRECHET_DRAWS = 200
 
 
 Suspects = frozenset[tuple[str, str]]
@@ -38,8 +45,9 @@ class WatchConfig(StrictConfig):
     off."""
     records: int = Field(20, ge=2)
     """Records per task, at most; the first ones of the validation split."""
-    metrics: tuple[str, ...] = ("alpha_grad", "alpha_conn", "rgb_l1_alpha", "alpha_coverage", "soft_iou")
-    """Metrics to watch; on a task whose reward terms are the metric itself it is left out."""
+    metrics: tuple[str, ...] = ("alpha_grad", "alpha_conn", "rgb_l1_alpha", "alpha_coverage", "soft_iou", FRECHET)
+    """Metrics to watch, and ``frechet``, the Fréchet distance of features between predicted and true layers; on a task
+    whose reward terms are the metric itself it is left out."""
     threshold: float = Field(0.1, ge=0)
     """Share of its value before training by which a metric must be worse."""
     error_rate: float = Field(0.05, gt=0, lt=1)
@@ -53,8 +61,8 @@ class WatchConfig(StrictConfig):
     @classmethod
     def _known(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
         for name in metrics:
-            if name not in HIGHER_IS_BETTER:
-                raise ValueError(f"unknown metric {name!r}; known: {', '.join(HIGHER_IS_BETTER)}")
+            if name not in (*HIGHER_IS_BETTER, FRECHET):
+                raise ValueError(f"unknown metric {name!r}; known: {', '.join((*HIGHER_IS_BETTER, FRECHET))}")
         if not metrics or len(set(metrics)) < len(metrics):
             raise ValueError("name at least one metric, and each once")
         return metrics
@@ -101,6 +109,10 @@ class Entry:
     reward: float
     """NaN where it has none."""
     metrics: Mapping[str, float]
+    features: Cloud = ()
+    """Of the predicted layers; empty where they were not asked for."""
+    truth: Cloud = ()
+    """Of the true layers."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +152,6 @@ def judge(
     ``config.error_rate`` between all metrics, tasks and looks (Bonferroni): that bounds the probability that a run in
     which no watched metric gets worse is ever flagged.
 
-    A metric of a whole set, such as a Fréchet distance of features, would add one ``Change`` per task here, its
-    interval from resampling the set.
-
     Args:
         outside: the watched metrics of each task.
         looks: planned looks of the run.
@@ -157,7 +166,9 @@ def judge(
         reward = _change(mine, task, "reward", 0.95, seed)
         changes.append(reward)
         for metric in metrics:
-            change = _change(mine, task, metric, 1 - config.error_rate / tests, seed)
+            change = (_cloud_change if metric == FRECHET else _change)(
+                mine, task, metric, 1 - config.error_rate / tests, seed
+            )
             bad = reward.low > 0 and change.high < 0 and -change.relative >= config.threshold
             changes.append(replace(change, worse=bad))
     return changes
@@ -195,8 +206,7 @@ def _change(pairs: Sequence[tuple[Entry, Entry]], task: str, quantity: str, conf
     turned: Callable[[float], float] = (lambda x: x) if quantity == "reward" else (lambda x: goodness(quantity, x))
     valid = [(a, b) for a, b in pairs if math.isfinite(value(a)) and math.isfinite(value(b))]
     if not valid:
-        nan = math.nan
-        return Change(task, quantity, before=nan, now=nan, gain=nan, low=nan, high=nan, relative=nan, n=0)
+        return _nothing(task, quantity)
     gains = [turned(value(b)) - turned(value(a)) for a, b in valid]
     photos, objects = [a.photo for a, _ in valid], [a.object for a, _ in valid]
     gain, low, high = cluster_t_interval(gains, photos, objects, confidence, seed=seed)
@@ -209,6 +219,39 @@ def _change(pairs: Sequence[tuple[Entry, Entry]], task: str, quantity: str, conf
         gain=gain,
         low=low,
         high=high,
-        relative=gain / size if size else math.copysign(math.inf, gain) if gain else 0.0,
+        relative=_share(gain, size),
         n=len(valid),
     )
+
+
+def _cloud_change(
+    pairs: Sequence[tuple[Entry, Entry]], task: str, quantity: str, confidence: float, seed: int
+) -> Change:
+    """The change of the distance between the records' predicted and true layers; resampled like any other."""
+    valid = [(a, b) for a, b in pairs if a.features and b.features]
+    if not valid:
+        return _nothing(task, quantity)
+    truths = [a.truth for a, _ in valid]
+
+    def distance(weights_N: np.ndarray, side: int) -> float:
+        return cloud_distance([pair[side].features for pair in valid], truths, weights_N)
+
+    gain, low, high = cluster_t_interval_of(
+        lambda weights_N: distance(weights_N, 0) - distance(weights_N, 1),
+        [a.photo for a, _ in valid],
+        [a.object for a, _ in valid],
+        confidence,
+        FRECHET_DRAWS,
+        seed,
+    )
+    before, now = (distance(np.ones(len(valid)), side) for side in (0, 1))
+    return Change(task, quantity, before, now, gain, low, high, _share(gain, before), n=len(valid))
+
+
+def _share(gain: float, size: float) -> float:
+    return gain / size if size else math.copysign(math.inf, gain) if gain else 0.0
+
+
+def _nothing(task: str, quantity: str) -> Change:
+    nan = math.nan
+    return Change(task, quantity, before=nan, now=nan, gain=nan, low=nan, high=nan, relative=nan, n=0)

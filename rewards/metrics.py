@@ -66,7 +66,7 @@ def sample_metrics(roles: Sequence[str], layers_LCHW: Tensor, targets_LCHW: Tens
     """Compares one sample with its truth, layer by layer.
 
     Args:
-        roles: "background" or "foreground" for each layer, back to front.
+        roles: "background", "foreground" or "image" for each layer, back to front.
         layers_LCHW: prediction, straight-alpha RGBA in [0, 1].
         targets_LCHW: truth, same shape.
 

@@ -6,7 +6,7 @@ intervals that are too narrow.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from scipy import stats
@@ -76,21 +76,50 @@ def cluster_t_interval(
     Args, returns and raises as :func:`paired_bootstrap`; low and high are NaN with fewer than two photos (where
     records have any) or objects.
     """
+    differences = _check(differences_N, photo_groups, object_groups, draws)
+    return cluster_t_interval_of(
+        lambda weights_N: float(weights_N @ differences / weights_N.sum()),
+        photo_groups,
+        object_groups,
+        confidence,
+        draws,
+        seed,
+    )
+
+
+def cluster_t_interval_of(
+    statistic: Callable[[np.ndarray], float],
+    photo_groups: Sequence[str | None],
+    object_groups: Sequence[str],
+    confidence: float = 0.95,
+    draws: int = 500,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """The interval of :func:`cluster_t_interval` for any statistic of a set of records.
+
+    Args:
+        statistic: takes how often each record counts, (N,) integers as floats, not all 0. Draws for which it is NaN are
+            left out.
+
+    Returns:
+        (the statistic of all records, low, high).
+    """
     if not 0 < confidence < 1:
         raise DataError(f"an interval of confidence {confidence} cannot be drawn; choose one between 0 and 1")
-    differences = _check(differences_N, photo_groups, object_groups, draws)
-    mean = float(differences.mean())
-    if _count(photo_groups) == len(differences):
-        photo_groups = [None] * len(differences)
-    elif _count(object_groups) == len(differences) and None not in photo_groups:
+    size = len(object_groups)
+    value = statistic(np.ones(size))
+    if _count(photo_groups) == size:
+        photo_groups = [None] * size
+    elif _count(object_groups) == size and None not in photo_groups:
         object_groups = [str(photo) for photo in photo_groups]
-        photo_groups = [None] * len(differences)
+        photo_groups = [None] * size
     clusters = min(count for count in (_count(photo_groups), _count(object_groups)) if count)
     if clusters < 2:
-        return mean, float("nan"), float("nan")
-    error = _drawn_means(differences, photo_groups, object_groups, draws, seed).std()
+        return value, float("nan"), float("nan")
+    drawn = [statistic(weights_N) for weights_N in _draws(photo_groups, object_groups, draws, seed)]
+    error = float(np.nanstd(drawn))
     reach = stats.t.ppf((1 + confidence) / 2, clusters - 1) * error * math.sqrt(clusters / (clusters - 1))
-    return mean, mean - float(reach), mean + float(reach)
+    return value, value - float(reach), value + float(reach)
 
 
 def cluster_mean_interval(
@@ -131,23 +160,28 @@ def _drawn_means(
     differences: np.ndarray, photo_groups: Sequence[str | None], object_groups: Sequence[str], draws: int, seed: int
 ) -> np.ndarray:
     """The mean in each of ``draws`` two-way bootstrap draws."""
+    weights_DN = np.stack(list(_draws(photo_groups, object_groups, draws, seed)))
+    return np.asarray((weights_DN @ differences) / weights_DN.sum(axis=1))
+
+
+def _draws(
+    photo_groups: Sequence[str | None], object_groups: Sequence[str], draws: int, seed: int
+) -> Iterator[np.ndarray]:
+    """How often each record counts, (N,), in each of ``draws`` two-way bootstrap draws."""
     photos, photo_N = _index([name for name in photo_groups if name is not None])
     objects, object_N = _index(object_groups)
     has_photo_N = np.array([name is not None for name in photo_groups])
     rng = np.random.default_rng(seed)
-    means: list[np.ndarray] = []
     missing = draws
     while missing > 0:
         size = min(missing, _DRAWS_AT_ONCE)
         weights_DN = rng.multinomial(objects, np.full(objects, 1 / objects), size)[:, object_N].astype(np.float64)
         if photos:
             weights_DN[:, has_photo_N] *= rng.multinomial(photos, np.full(photos, 1 / photos), size)[:, photo_N]
-        total_D = weights_DN.sum(axis=1)
         # In sparse designs a draw can miss every record. It has no mean; another takes its place.
-        drawn = total_D > 0
-        means.append((weights_DN[drawn] @ differences) / total_D[drawn])
-        missing -= int(drawn.sum())
-    return np.concatenate(means)
+        kept = weights_DN[weights_DN.sum(axis=1) > 0]
+        missing -= len(kept)
+        yield from kept
 
 
 def _count(names: Sequence[str | None]) -> int:

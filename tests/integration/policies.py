@@ -15,6 +15,7 @@ from policy.dit import DitConfig, build_dit
 from policy.folder import save_policy
 from policy.group import GroupRequest, GroupTrajectory, Recording
 from policy.kernels import KernelConfig
+from policy.precision import Precision
 from policy.programs import Batch, VaeLossConfig, VaeProgram
 from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig, WindowConfig
@@ -64,10 +65,14 @@ def trained_vae(dataset: Path, steps: int = 200) -> AutoencoderKL:
     return vae
 
 
-def rolled_out(policy: Path, dataset: Path, groups: int, members: int = 3) -> list[tuple[GroupTrajectory, np.ndarray]]:
+def rolled_out(
+    policy: Path, dataset: Path, groups: int, members: int = 3, precision: Precision = "float32"
+) -> list[tuple[GroupTrajectory, np.ndarray]]:
     """Real groups of several tasks with made-up advantages."""
-    recording = Recording(means=True)
-    actor = RolloutActor(RolloutSetup(Start(policy), dataset, 7, SAMPLING, KERNEL, recording=recording), threads=1)
+    setup = RolloutSetup(
+        Start(policy), dataset, 7, SAMPLING, KERNEL, recording=Recording(means=True), precision=precision
+    )
+    actor = RolloutActor(setup, threads=1)
     actor.load(0, *pack(GrpoProgram(Start(policy), OBJECTIVE, KERNEL, SAMPLING.schedule.sigmas()).module.state_dict()))
     data = RecordDataset(dataset, "train")
     tasks = ["automatic_matting", "layer_decomposition", "object_removal"]

@@ -261,12 +261,15 @@ def test_sigterm_stops_at_a_commit_with_its_exit_code(tmp_path_factory, real_dat
     wait_until(lambda: not processes_of(run), 20, "the end of all processes")
 
 
-def test_a_vae_grows_out_of_an_rgb_one_where_the_config_asks_for_it(tmp_path, real_dataset):
+def test_a_vae_grows_out_of_an_rgb_one_and_all_stages_train_in_bfloat16_where_the_config_asks_for_it(
+    tmp_path, real_dataset
+):
     run = tmp_path / "run"
     size = "steps: 2, micro_batch: 2, micro_batches: 2, precision: bfloat16"
     stage = f"rgb={{{size}, optimiser: {{lr: 1e-3}}, tasks: {{layer_decomposition: 1}}}}"
     overrides = [stage, "vae.loss.reference=1e-3", "vae.steps=1", "vae.optimiser.warmup=0", "vae.optimiser.lr=1e-6"]
-    for verb in ("rgb", "vae"):
+    overrides += ["sft.precision=bfloat16", "sft.steps=1"]
+    for verb in ("rgb", "vae", "sft"):
         done = subprocess.run(
             [*command(run, real_dataset, verb), *overrides, "vae.ema=0"],
             env=environment(run),

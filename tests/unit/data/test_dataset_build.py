@@ -71,16 +71,20 @@ def test_stored_layers_recompose_to_the_stored_image(built):
     assert count > 3
 
 
-def test_matting_removal_and_decomposition_of_a_scene_share_their_layers(built):
+def test_the_tasks_of_a_scene_share_its_layers(built):
     folder, _ = built
     by_scene = {}
-    for task in ("automatic_matting", "mask_matting", "object_removal", "layer_decomposition"):
+    for task in set(TASKS) - {"text_to_rgba", "referring_matting"}:
         for record in records_of(folder, task):
             by_scene.setdefault(record.id.removesuffix(f"-{task}"), {})[task] = record
     for records in by_scene.values():
         layers = records["layer_decomposition"].targets
         assert records["automatic_matting"].targets == records["mask_matting"].targets == layers[1:]
         assert records["object_removal"].targets == layers[:1]
+        assert records["foreground_to_image"].inputs == layers[1:]
+        assert records["background_to_image"].inputs == layers[:1]
+        whole = records["layer_decomposition"].inputs
+        assert records["foreground_to_image"].targets == records["background_to_image"].targets == whole
 
 
 def test_a_removal_mask_covers_all_that_the_object_changed(built):

@@ -87,13 +87,13 @@ def test_the_task_follows_from_the_roles(tmp_path, bring, inputs, outputs, begin
 @pytest.mark.parametrize(
     ("inputs", "outputs", "fields", "message"),
     [
-        (["image"], ["foreground"], {}, "may be automatic_matting or referring_matting; say which with --task"),
+        (["image"], ["foreground"], {}, "may be automatic_matting or referring_matting or foreground_to_image or"),
         (["image", "mask"], ["background"], {}, "may be mask_matting or object_removal"),
         (
             ["image"],
             ["background"],
             {"begin_with_bg": True},
-            "no task has 1 inputs and 1 outputs, the first output a b",
+            "opaque may be foreground_to_image or background_to_image; say which with --task",
         ),
         (["image"], ["foreground"], {"task": "mask_matting"}, r"needs inputs \['image', 'mask'\]"),
         (["image", "mask"], ["background"], {"task": "object_removal", "begin_with_bg": False}, "needs inputs"),

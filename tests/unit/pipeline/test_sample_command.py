@@ -62,7 +62,8 @@ def files(tmp_path) -> dict[str, str]:
 
 
 def arguments(policy, task, files, *more, leave_out=()):
-    given = {"image": ("--input", files["photo"]), "mask": ("--mask", files["mask"])}
+    picture = ("--input", files["photo"])
+    given = {"image": picture, "foreground": picture, "background": picture, "mask": ("--mask", files["mask"])}
     inputs = [part for role in TASKS[task].inputs if role not in leave_out for part in given[role]]
     prompt = (
         ["--prompt", "Cut out a red apple."] if any("{caption}" in text for text in TASKS[task].instructions) else []

@@ -55,6 +55,8 @@ def test_a_cache_gives_normalised_latents_in_the_order_asked_for(tmp_path):
     assert len(cache) == 3
     got = cache.stack(["c", "a", "c"])
     assert got.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # as in a training step
+        assert torch.equal(cache.stack(["c", "a", "c"]), got)
     for row, value in zip(got, (2.0, 0.0, 2.0), strict=True):
         for channel in range(CHANNELS):
             assert row[channel].unique().tolist() == pytest.approx([(value - MEAN[channel]) / STD[channel]])

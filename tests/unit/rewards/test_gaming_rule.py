@@ -213,7 +213,7 @@ def test_a_renamed_term_is_known_by_its_scorer():
 
 
 def test_only_metrics_that_a_task_has_are_watched_there():
-    assert watched(WATCH, terms("layer"), "object_removal") == ("rgb_l1_alpha",)
+    assert watched(WATCH, terms("layer"), "object_removal") == ("rgb_l1_alpha", "frechet")
 
 
 def test_every_optimised_metric_and_term_exists():
@@ -261,3 +261,39 @@ def test_a_watch_that_only_warns_belongs_to_the_same_run_and_one_that_stops_does
     )
     assert plain == warns
     assert stops != plain
+
+
+def clouded(spread: float, shift: float, reward: float, seed: int, count: int = 24) -> list[Entry]:
+    """Records whose layers' features lie round those of the truth: ``shift`` away from them and ``spread`` wide."""
+    draw, truth = np.random.default_rng(seed), np.random.default_rng(99).standard_normal((count, 1, 4))
+    features = truth + shift + spread * draw.standard_normal(truth.shape)
+    return [
+        replace(entry, features=features[k].tolist(), truth=truth[k].tolist())
+        for k, entry in enumerate(look(count, reward, seed=seed))
+    ]
+
+
+def frechet_change(before: list[Entry], now: list[Entry], looks: int = 4):
+    changes = judge(WATCH, {TASK: ("frechet",)}, looks, before, now)
+    return changes[1]
+
+
+def test_layers_that_drift_away_from_the_truth_as_a_set_are_marked_beside_a_rising_reward_only():
+    before, away = clouded(0.3, 0.2, 0.5, seed=1), clouded(0.3, 1.0, 0.7, seed=2)
+    change = frechet_change(before, away)
+    assert change.worse
+    assert change.now > change.before
+    assert change.gain == pytest.approx(change.before - change.now)
+    assert not frechet_change(before, [replace(entry, reward=0.3) for entry in away]).worse
+    assert not frechet_change(away, [replace(entry, reward=0.9) for entry in before]).worse
+
+
+def test_scatter_of_features_alone_raises_no_alarm_of_the_set():
+    flags = [frechet_change(clouded(0.3, 0.3, 0.5, 2 * k), clouded(0.3, 0.3, 0.7, 2 * k + 1)).worse for k in range(20)]
+    assert not any(flags)
+
+
+def test_looks_without_features_say_nothing_of_the_set():
+    change = frechet_change(look(), look(seed=1, reward=0.7))
+    assert (change.n, change.worse) == (0, False)
+    assert math.isnan(change.now)

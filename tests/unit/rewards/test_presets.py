@@ -13,6 +13,7 @@ from rewards.combine import RewardConfig, active_terms
 from rewards.presets import presets
 
 MATTING = ("automatic_matting", "referring_matting", "mask_matting")
+UNJUDGED = ("text_to_rgba", "foreground_to_image", "background_to_image")
 
 
 def active(config: RewardConfig) -> dict[str, list[str]]:
@@ -23,7 +24,7 @@ def test_the_papers_text_has_four_equal_terms_by_its_task_table():
     config = RewardConfig(preset="paper")
     assert {term.weight for term in config.terms} == {1.0}
     assert active(config) == {
-        "text_to_rgba": [],
+        **{key: [] for key in UNJUDGED},
         **{key: ["layer", "boundary"] for key in MATTING},
         "object_removal": ["layer", "background"],
         "layer_decomposition": ["layer", "composition", "background", "boundary"],
@@ -36,7 +37,7 @@ def test_the_papers_code_has_seven_equal_terms_of_which_each_task_has_its_own():
     assert [term.name for term in config.terms] == [*layer, *composition, "background", "boundary"]
     assert {term.weight for term in config.terms} == {1.0}
     assert active(config) == {
-        "text_to_rgba": [],
+        **{key: [] for key in UNJUDGED},
         **{key: [*layer, "boundary"] for key in MATTING},
         "object_removal": [*layer, "background"],
         "layer_decomposition": [*layer, *composition, "background", "boundary"],
