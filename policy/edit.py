@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from common.config import StrictConfig
-from common.errors import ConfigError, NumericsError
+from common.errors import ConfigError, DataError, NumericsError
 from data.rgba import to_uint8_hwc
 from data.tasks import Task
 from policy.base import load_base
@@ -52,10 +52,17 @@ class EditConfig(StrictConfig):
     """Pictures are scaled to an area of size x size pixels, proportions kept."""
 
 
-def canvas(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) to which the pipeline scales a picture for an area of size x size pixels."""
-    scaled_width, scaled_height = stock.calculate_dimensions(size * size, width / height)
-    return max(scaled_height, MULTIPLE), max(scaled_width, MULTIPLE)
+def canvas(height: int, width: int, size: int, where: str = "the picture") -> tuple[int, int]:
+    """(height, width) to which the pipeline scales a picture for an area of size x size pixels.
+
+    Raises:
+        DataError: the picture, which ``where`` names, is too narrow for that or for the text encoder.
+    """
+    area, ratio = size * size, width / height
+    if not all(min(stock.calculate_dimensions(pixels, ratio)) for pixels in (area, stock.CONDITION_IMAGE_SIZE)):
+        raise DataError(f"{where}: {width}x{height} pixels are too narrow for the model; crop it to a less narrow part")
+    scaled_width, scaled_height = stock.calculate_dimensions(area, ratio)
+    return scaled_height, scaled_width
 
 
 def base_sigmas(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, tokens: int) -> list[float]:
@@ -99,6 +106,7 @@ class EditPolicy:
 
         Raises:
             ConfigError: the inputs do not fit the task, or the sequence the model.
+            DataError: an input is too narrow.
             NumericsError: the model gave something that is not a number.
         """
         shapes = [tuple(image.shape) for image in inputs]
