@@ -4,6 +4,8 @@ What can be wrong with it is looked for in its JSON files before sixty gigabytes
 """
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,24 @@ def load_base(folder: Path, device: torch.device) -> Base:
     vae = load_model(AutoencoderKLQwenImage, folder / "vae")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     return Base(transformer.requires_grad_(False).to(device), vae.requires_grad_(False).to(device), scheduler)
+
+
+def carry_over(start: Path, folder: Path) -> None:
+    """Completes a folder with a trained VAE and transformer by the index and the other parts of the base ``start``.
+
+    Files are linked where the file system can, since the text encoder alone is 16 GB; nobody writes into them.
+    """
+    for part in SETTINGS:
+        if part not in ("vae", "transformer"):
+            shutil.copytree(start / part, folder / part, copy_function=_link)
+    shutil.copyfile(start / INDEX, folder / INDEX)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
 
 
 def check_base(folder: Path) -> None:

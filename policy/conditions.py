@@ -23,8 +23,9 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 from common.commit import file_checksum, storage_errors
 from common.errors import CheckpointError
 from data.rgba import blend, image_digest, to_uint8_hwc
-from policy.base import TEXT_WEIGHTS
+from policy.base import TEXT_WEIGHTS, is_base
 from policy.foreign import load_model, weight_files
+from policy.text import TextEncoder
 
 
 class ConditionEncoder(Protocol):
@@ -125,3 +126,16 @@ class ConditionCache:
             save_file({"states": states.contiguous()}, temporary)
             temporary.replace(path)
         return states
+
+
+def open_encoder(folder: Path | None, cache: Path | None = None) -> ConditionEncoder:
+    """The encoder that a policy folder's transformer listens to: the base's own, kept in ``cache`` where that is given,
+    or else the text encoder of the package, which is fast enough without.
+
+    Raises:
+        CheckpointError: the base's encoder cannot be loaded.
+    """
+    if folder is None or not is_base(folder):
+        return TextEncoder()
+    encoder = QwenEncoder(folder)
+    return encoder if cache is None else ConditionCache(encoder, encoder.identity(), cache)

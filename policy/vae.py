@@ -120,6 +120,19 @@ def set_latent_statistics(vae: AutoencoderKL, mean_C: torch.Tensor, std_C: torch
     )
 
 
+def latent_channels(vae: ImageVae) -> int:
+    """Channels of a VAE's latents."""
+    return int(vae.config.z_dim if isinstance(vae, AutoencoderKLQwenImage) else vae.config.latent_channels)
+
+
+def posterior_means(vae: ImageVae, layers_BCHW: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] → raw posterior means (B, C, H/f, W/f), as the VAE has them."""
+    pixels = layers_BCHW * 2 - 1
+    if isinstance(vae, AutoencoderKLQwenImage):
+        return vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
+    return vae.encode(pixels).latent_dist.mean
+
+
 class LatentCodec:
     """Layers ↔ normalised latents.
 
@@ -134,16 +147,14 @@ class LatentCodec:
         self._video = isinstance(vae, AutoencoderKLQwenImage)
         halvings = len(vae.temperal_downsample) if self._video else len(vae.config.block_out_channels) - 1
         self.factor = 2**halvings
-        self.channels = int(vae.config.z_dim if self._video else vae.config.latent_channels)
+        self.channels = latent_channels(vae)
         self._mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1)
         self._std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
 
     @torch.no_grad()
     def encode(self, layers_BCHW: torch.Tensor) -> torch.Tensor:
         """(B, 4, H, W) in [0, 1] → posterior means (B, C, H/f, W/f), normalised."""
-        pixels = layers_BCHW * 2 - 1
-        mean = self.vae.encode(pixels[:, :, None] if self._video else pixels).latent_dist.mean
-        mean = mean[:, :, 0] if self._video else mean
+        mean = posterior_means(self.vae, layers_BCHW)
         return (mean - self._mean.to(mean)) / self._std.to(mean)
 
     def encode_stack(self, images: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import sys
 import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,10 +16,8 @@ from data.tasks import TASKS
 from pipeline.cli import main
 from policy.folder import save_policy
 from policy.text import TEXT_DIM
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "policy"))
-from tiny_base import write_base
-from tiny_models import live_dit, measured_vae
+from tests.unit.policy.tiny_base import write_base
+from tests.unit.policy.tiny_models import live_dit, measured_vae
 
 OURS = ("--size", "16", "--steps", "2")
 BASE = ("--size", "64", "--steps", "2", "--guidance", "1")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
-from tiny_models import live_dit, qwen_vae
 from transformers import (
     AutoTokenizer,
     Qwen2_5_VLConfig,
@@ -17,6 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from policy.conditions import StillProcessor
 from policy.vae import opaque
+from tests.unit.policy.tiny_models import live_dit, qwen_vae
 
 WIDTH = 32
 LATENTS = 6
