@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from common.errors import CheckpointError
 from policy.adapters import FOLDER, load_adapter
@@ -32,10 +31,10 @@ SETTINGS = {
 }
 """Part of the folder -> the files of which one describes it."""
 CLASSES = {
-    "scheduler": FlowMatchEulerDiscreteScheduler,
-    "vae": AutoencoderKLQwenImage,
-    "transformer": QwenImageTransformer2DModel,
-    "text_encoder": Qwen2_5_VLForConditionalGeneration,
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+    "vae": "AutoencoderKLQwenImage",
+    "transformer": "QwenImageTransformer2DModel",
+    "text_encoder": "Qwen2_5_VLForConditionalGeneration",
 }
 VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 """Switches of the transformer's class that other models of the family use. ``zero_cond_t`` (Edit-2511) takes every
@@ -107,8 +106,8 @@ def check_base(folder: Path) -> None:
     settings = {part: _read(*(folder / part / name for name in names)) for part, names in SETTINGS.items()}
     for part, kind in CLASSES.items():
         found = settings[part].get("_class_name") or ", ".join(settings[part].get("architectures") or ["?"])
-        if found != kind.__name__:
-            raise CheckpointError(f"{folder / part}: of class {found}, not {kind.__name__}; take the part of the base")
+        if found != kind:
+            raise CheckpointError(f"{folder / part}: of class {found}, not {kind}; take the part of the base")
     for part in ("vae", "transformer", "text_encoder"):
         weight_files(folder / part, TEXT_WEIGHTS if part == "text_encoder" else WEIGHTS)
     _check_fit(folder, settings)

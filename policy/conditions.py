@@ -1,7 +1,7 @@
 """What a prompt and its pictures become for the DiT: states of a text encoder, behind one interface.
 
-``policy.text.TextEncoder`` reads the prompt alone; :class:`QwenEncoder` reads the pictures too, exactly as diffusers'
-Edit-Plus pipeline has Qwen2.5-VL do it. :class:`ConditionCache` keeps either one's states on disk.
+``policy.text.TextEncoder`` reads the prompt alone, ``policy.qwen.QwenEncoder`` its pictures too;
+:class:`ConditionCache` keeps either one's states on disk.
 """
 
 import hashlib
@@ -11,20 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from diffusers import QwenImageEditPlusPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor
 
-from common.commit import file_checksum, storage_errors
+from common.commit import storage_errors
 from common.errors import CheckpointError
-from data.rgba import blend, image_digest, to_uint8_hwc
-from policy.base import TEXT_WEIGHTS, is_base
-from policy.foreign import load_model, weight_files
+from data.rgba import image_digest, to_uint8_hwc
+from policy.base import is_base
 from policy.text import TextEncoder
 
 
@@ -34,59 +28,6 @@ class ConditionEncoder(Protocol):
     def encode(self, prompt: str, inputs: Sequence[Tensor] = ()) -> Tensor:
         """States (T, D) of a prompt with its pictures, each (4, H, W) in [0, 1] and of any size."""
         ...
-
-
-class StillProcessor(Qwen2VLProcessor):
-    """Qwen2-VL's processor without its video part, which needs torchvision."""
-
-    def __init__(self, image_processor, tokenizer) -> None:
-        super().__init__(image_processor, tokenizer)
-
-
-class QwenEncoder:
-    """Qwen2.5-VL of a base folder, led by the Edit-Plus pipeline's own code: its template with ``Picture i:`` for
-    every input, its sizes, the last hidden states without the template's first tokens."""
-
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        """
-        Raises:
-            CheckpointError: ``text_encoder``, ``tokenizer`` or ``processor`` cannot be loaded.
-        """
-        self._folder, self._device = folder, torch.device(device)
-        model = load_model(Qwen2_5_VLForConditionalGeneration, folder / "text_encoder", TEXT_WEIGHTS)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            pixels = Qwen2VLImageProcessor.from_pretrained(folder / "processor", local_files_only=True)
-            words = AutoTokenizer.from_pretrained(folder / "processor", local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{folder}: tokenizer or processor cannot be loaded ({str(error).splitlines()[0]}); fetch them again"
-            ) from None
-        self._pipeline = QwenImageEditPlusPipeline(
-            scheduler=None,
-            vae=None,
-            text_encoder=model.requires_grad_(False).to(self._device),
-            tokenizer=tokenizer,
-            processor=StillProcessor(pixels, words),
-            transformer=None,
-        )
-
-    @torch.no_grad()
-    def encode(self, prompt: str, inputs: Sequence[Tensor] = ()) -> Tensor:
-        """States (T, D) in the encoder's dtype; transparent parts of the pictures are shown on white."""
-        images = [self._shown(image) for image in inputs]
-        states, _ = self._pipeline.encode_prompt(prompt, image=images or None, device=self._device)
-        return states[0]
-
-    def identity(self) -> str:
-        """Hex digest of the encoder's weights."""
-        files = weight_files(self._folder / "text_encoder", TEXT_WEIGHTS)
-        return hashlib.blake2b("".join(map(file_checksum, files)).encode(), digest_size=16).hexdigest()
-
-    def _shown(self, image_4HW: Tensor) -> Image.Image:
-        picture = Image.fromarray(to_uint8_hwc(blend(image_4HW, 1.0)))
-        width, height = stock.calculate_dimensions(stock.CONDITION_IMAGE_SIZE, picture.width / picture.height)
-        return self._pipeline.image_processor.resize(picture, height, width)
 
 
 class ConditionCache:
@@ -137,5 +78,7 @@ def open_encoder(folder: Path | None, cache: Path | None = None) -> ConditionEnc
     """
     if folder is None or not is_base(folder):
         return TextEncoder()
+    from policy.qwen import QwenEncoder  # slow to import, and only bases need it
+
     encoder = QwenEncoder(folder)
     return encoder if cache is None else ConditionCache(encoder, encoder.identity(), cache)

@@ -21,8 +21,8 @@ from common.errors import ConfigError, DataError, NumericsError
 from data.rgba import to_uint8_hwc
 from data.tasks import Task
 from policy.base import load_base
-from policy.conditions import QwenEncoder
 from policy.dit import PATCH, check_axis
+from policy.qwen import QwenEncoder
 from policy.sampling import Condition, Guidance, denoise
 from policy.schedule import ScheduleConfig, Solver
 from policy.vae import LatentCodec

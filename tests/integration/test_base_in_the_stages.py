@@ -10,7 +10,6 @@ from data.sampler import Draw
 from data.seeding import seed_for
 from policy.adapters import LoraConfig, trained
 from policy.base import check_base
-from policy.conditions import QwenEncoder
 from policy.dit import velocity
 from policy.edit import EditConfig, EditPolicy
 from policy.folder import load_vae, save_vae
@@ -19,6 +18,7 @@ from policy.kernels import KernelConfig
 from policy.latents import LatentCache, encode_records
 from policy.objectives import flow_matching_pair, shifted_times
 from policy.programs import Batch, SftConfig, make_sft_program
+from policy.qwen import QwenEncoder
 from policy.rl import GrpoConfig, GrpoProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig, WindowConfig
 from policy.weights import pack

@@ -8,7 +8,8 @@ from PIL import Image
 from tiny_base import WIDTH, stock_pipeline, write_base
 
 from common.errors import CheckpointError
-from policy.conditions import ConditionCache, QwenEncoder
+from policy.conditions import ConditionCache
+from policy.qwen import QwenEncoder
 
 PROMPT = "Cut out a red apple."
 

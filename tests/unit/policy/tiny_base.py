@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from policy.conditions import StillProcessor
+from policy.qwen import StillProcessor
 from policy.vae import opaque
 from tests.unit.policy.tiny_models import live_dit, qwen_vae
 
