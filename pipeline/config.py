@@ -26,10 +26,11 @@ from policy.folder import shipped_policies
 from policy.group import Recording
 from policy.kernels import KernelConfig
 from policy.precision import Precision
-from policy.programs import SftConfig, VaeLossConfig
+from policy.programs import SftConfig
 from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
+from policy.vae_program import VaeLossConfig
 from rewards.combine import RewardConfig, TermConfig, active_terms
 from rewards.gaming import WatchConfig, applies, optimised, watched
 from rewards.metrics import HIGHER_IS_BETTER
@@ -83,6 +84,11 @@ class RgbStageConfig(BatchedConfig):
     loss: VaeLossConfig = VaeLossConfig()
     """Loss weights; ``alpha`` has no meaning here."""
 
+    @model_validator(mode="after")
+    def _loss_fits(self) -> "RgbStageConfig":
+        _check_vae_loss(self.loss, self.zero_stage)
+        return self
+
 
 class VaeStageConfig(BatchedConfig):
     """Stage 1: the alpha-aware VAE."""
@@ -93,6 +99,11 @@ class VaeStageConfig(BatchedConfig):
     """Policy folder whose VAE is taken as it is; the stage then only encodes the training split."""
     loss: VaeLossConfig = VaeLossConfig()
     """Loss weights."""
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> "VaeStageConfig":
+        _check_vae_loss(self.loss, self.zero_stage)
+        return self
 
 
 class SftStageConfig(BatchedConfig):
@@ -222,6 +233,11 @@ class GrpoStageConfig(TrainingConfig):
 
 CLIP_RANGES = {"Gaussian": (1e-5, 1e-2), "published CPS": (1e-6, 5e-4), "GRPO-Guard": (1e-6, 5e-4)}
 """Clip ranges beyond which a setting is doubtful, by the scale of the ratio; see docs/algorithms.md."""
+
+
+def _check_vae_loss(loss: VaeLossConfig, zero_stage: int) -> None:
+    if loss.adversarial and zero_stage == 3:
+        raise ValueError("loss.adversarial needs the discriminator's weights whole: set zero_stage to 2 or less")
 
 
 def _check_lora(lora: LoraConfig | None) -> None:
@@ -425,12 +441,19 @@ def _anchored(config: RunConfig) -> RunConfig:
         update={
             "run_dir": config.folder.resolve(),
             "dataset": _absolute(config.dataset),
-            "vae": config.vae.model_copy(update={"start": _policy(config.vae.start)}),
+            "rgb": config.rgb and config.rgb.model_copy(update={"loss": _anchored_loss(config.rgb.loss)}),
+            "vae": config.vae.model_copy(
+                update={"start": _policy(config.vae.start), "loss": _anchored_loss(config.vae.loss)}
+            ),
             "sft": config.sft.model_copy(update={"start": _policy(config.sft.start)}),
             "grpo": config.grpo.model_copy(update={"start": _policy(config.grpo.start)}),
             "rewards": config.rewards.model_copy(update={"terms": tuple(map(_anchored_term, config.rewards.terms))}),
         }
     )
+
+
+def _anchored_loss(loss: VaeLossConfig) -> VaeLossConfig:
+    return loss.model_copy(update={"weights": _absolute(loss.weights)})
 
 
 def _anchored_term(term: TermConfig) -> TermConfig:

@@ -14,9 +14,10 @@ from data.tasks import get_task
 from pipeline.config import BatchedConfig
 from pipeline.run import Progress, Run
 from policy.folder import load_vae, save_vae
-from policy.programs import Batch, make_rgb_program, make_sft_program, make_vae_program
+from policy.programs import Batch, make_sft_program
 from policy.rl import Start
 from policy.vae import set_latent_statistics
+from policy.vae_program import make_rgb_program, make_vae_program
 
 log = logging.getLogger("omnialpha")
 

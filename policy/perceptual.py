@@ -108,6 +108,23 @@ class PerceptualDistance:
             columns.append(torch.cat(parts))
         return torch.stack(columns, dim=1)
 
+    def paired(self, images_N3HW: Tensor, truths_N3HW: Tensor) -> Tensor:
+        """Distances (N,) of images to their own truths, RGB in [0, 1], with gradient to the images; float32 also under
+        autocast."""
+        stack, weights = _load(self.network, self.weights)
+        size = self.size(*truths_N3HW.shape[-2:])
+        with torch.autocast(images_N3HW.device.type, enabled=False):
+            with torch.no_grad():
+                true = _unit_stages(stack, resized(truths_N3HW.float(), *size))
+            predicted = _unit_stages(stack, resized(images_N3HW.float(), *size))
+            return sum(
+                (
+                    ((stage - truth).square().mean(dim=(2, 3)) * torch.as_tensor(weight)).sum(dim=1)
+                    for stage, truth, weight in zip(predicted, true, weights, strict=True)
+                ),
+                torch.zeros(len(images_N3HW), device=images_N3HW.device),
+            )
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width at which images of this size are compared."""
         scale = 1.0
@@ -205,7 +222,9 @@ def _unit_stages(stack: nn.Module, images_N3HW: Tensor) -> list[Tensor]:
     """Features of each stage with channels scaled to unit length at every place."""
     found = stack(images_N3HW)
     stages = found if isinstance(stack, Vgg16) else found.stages
-    return [stage / (stage.square().sum(dim=1, keepdim=True).sqrt() + _LENGTH_EPS) for stage in stages]
+    # The bound keeps the root's gradient finite where a place has no activation at all; values do not change.
+    lengths = [stage.square().sum(dim=1, keepdim=True).clamp(min=_LENGTH_EPS**2).sqrt() for stage in stages]
+    return [stage / (length + _LENGTH_EPS) for stage, length in zip(stages, lengths, strict=True)]
 
 
 def _compare(predicted: list[Tensor], true: list[Tensor], weights: Sequence[Tensor | float]) -> Tensor:

@@ -16,11 +16,12 @@ from policy.folder import save_policy
 from policy.group import GroupRequest, GroupTrajectory, Recording
 from policy.kernels import KernelConfig
 from policy.precision import Precision
-from policy.programs import Batch, VaeLossConfig, VaeProgram
+from policy.programs import Batch
 from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig, WindowConfig
 from policy.text import TEXT_DIM
 from policy.vae import VaeConfig, build_vae, set_latent_statistics
+from policy.vae_program import VaeLossConfig, VaeProgram
 from policy.weights import pack
 
 KERNEL = KernelConfig(name="flow_sde", eta=0.7)

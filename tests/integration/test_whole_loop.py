@@ -268,7 +268,7 @@ def test_a_vae_grows_out_of_an_rgb_one_and_all_stages_train_in_bfloat16_where_th
     size = "steps: 2, micro_batch: 2, micro_batches: 2, precision: bfloat16"
     stage = f"rgb={{{size}, optimiser: {{lr: 1e-3}}, tasks: {{layer_decomposition: 1}}}}"
     overrides = [stage, "vae.loss.reference=1e-3", "vae.steps=1", "vae.optimiser.warmup=0", "vae.optimiser.lr=1e-6"]
-    overrides += ["sft.precision=bfloat16", "sft.steps=1"]
+    overrides += ["sft.precision=bfloat16", "sft.steps=1", "vae.loss.perceptual=0.1", "vae.loss.adversarial=0.1"]
     for verb in ("rgb", "vae", "sft"):
         done = subprocess.run(
             [*command(run, real_dataset, verb), *overrides, "vae.ema=0"],
