@@ -21,12 +21,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("omnialpha")
 
+POLICY = "demo-base"
+"""The policy that comes with the package."""
+
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
     parser = commands.add_parser("sample", help="apply a trained policy to pictures of yours")
     parser.add_argument(
-        "--policy", type=Path, required=True, help="model folder, such as runs/demo/grpo/final/model, or a real base"
+        "--policy",
+        type=Path,
+        default=Path(POLICY),
+        help="model folder, such as runs/demo/grpo/final/model, or a real base; default: %(default)s, which comes along",
     )
     parser.add_argument("--task", required=True, help="what to do, such as automatic_matting or object_removal")
     parser.add_argument("--input", type=Path, help="the picture, or a folder of them, for tasks that take one")
