@@ -32,7 +32,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--policy",
         type=Path,
         default=Path(POLICY),
-        help="model folder, such as runs/demo/grpo/final/model, or a real base; default: %(default)s, which comes along",
+        help="model folder, such as runs/demo/grpo/final/model, or a real base; default: %(default)s, which is here",
     )
     parser.add_argument("--task", required=True, help="what to do, such as automatic_matting or object_removal")
     parser.add_argument("--input", type=Path, help="the picture, or a folder of them, for tasks that take one")
