@@ -51,6 +51,7 @@ study: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.group_scorer
+	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.grpo_step runs/demo
 
 base: setup
