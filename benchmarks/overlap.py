@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,29 +63,18 @@ CLUSTER = ClusterConfig(
 )
 
 
-def drawn_out(actor: type, method: str, seconds: float) -> type:
-    """A subclass whose ``method`` lasts ``seconds`` by waiting for the rest, and counts its real work in ``work_s``."""
+def drawn_out(actor: type, method: str) -> type:
+    """A subclass whose ``method`` lasts ``phase_s`` by waiting for the rest, and keeps its real work in ``work_s``."""
 
     def lasting(self: Any, *arguments: Any) -> Any:
         began = time.perf_counter()
         result = getattr(actor, method)(self, *arguments)
         work = time.perf_counter() - began
-        self.work_s = [*getattr(self, "work_s", []), work]
-        time.sleep(max(0.0, seconds - work))
+        self.work_s.append(work)
+        time.sleep(max(0.0, self.phase_s - work))
         return result
 
-    return type(actor.__name__, (actor,), {method: lasting})
-
-
-@contextlib.contextmanager
-def phases(rollout_s: float, reward_s: float, learner_s: float) -> Iterator[None]:
-    """Actors that are made inside take this long."""
-    with (
-        mock.patch.object(actors.rollout, "RolloutActor", drawn_out(actors.rollout.RolloutActor, "sample", rollout_s)),
-        mock.patch.object(actors.reward, "RewardActor", drawn_out(actors.reward.RewardActor, "score", reward_s)),
-        mock.patch.object(actors.learner, "LearnerRank", drawn_out(actors.learner.LearnerRank, "train", learner_s)),
-    ):
-        yield
+    return type(actor.__name__, (actor,), {method: lasting, "phase_s": 0.0, "work_s": []})
 
 
 @dataclass(frozen=True)
@@ -95,39 +84,52 @@ class Measured:
     seconds: list[float]
     """From one step's end to the next."""
     work_s: float
-    """Real work of the busiest role per step, median."""
+    """Real work of the busiest actor in a call, median."""
 
     @property
     def mean(self) -> float:
         return statistics.fmean(self.seconds)
 
 
-def measure(home: Path, lengths: tuple[float, float, float], lag: int, steps: int) -> Measured:
-    """Runs the loop with phases of these lengths."""
-    config = _config(home, lag, steps, f"{lengths}-{lag}")
-    run = Run(config)
-    with phases(*lengths):
-        learner = LearnerGroup(CLUSTER)
-        rollouts = RolloutPool(CLUSTER, rollout_setup(run))
-        rewards = RewardPool(CLUSTER, config.rewards)
-    everyone = [*learner._ranks, *rollouts.crew.actors, *rewards.crew.actors]
-    try:
-        run_grpo(run, learner, rollouts, rewards)
-        work = ray.get([actor.__ray_call__.remote(lambda a: getattr(a, "work_s", [0.0])) for actor in everyone])
-    finally:
-        run.close()
-        for actor in everyone:
-            ray.kill(actor)
-    ends = [event["time"] for event in read_events(run.folder / "events.jsonl") if event["event"] == "step"]
-    gaps = [b - a for a, b in itertools.pairwise(ends)][WARM_UP - 1 :]
-    return Measured(gaps, max(statistics.median(seconds) for seconds in work))
+class Bench:
+    """Actors that are started once and serve every loop."""
+
+    def __init__(self, home: Path, steps: int) -> None:
+        self._home, self._steps, self._loops = home, steps, 0
+        with (
+            mock.patch.object(actors.rollout, "RolloutActor", drawn_out(actors.rollout.RolloutActor, "sample")),
+            mock.patch.object(actors.reward, "RewardActor", drawn_out(actors.reward.RewardActor, "score")),
+            mock.patch.object(actors.learner, "LearnerRank", drawn_out(actors.learner.LearnerRank, "train")),
+            contextlib.closing(Run(self._config(0, "setup"))) as run,
+        ):
+            self._learner = LearnerGroup(CLUSTER)
+            self._rollouts = RolloutPool(CLUSTER, rollout_setup(run))
+            self._rewards = RewardPool(CLUSTER, run.config.rewards)
+
+    def measure(self, lengths: Sequence[float], lag: int) -> Measured:
+        """Runs the loop with phases of these lengths."""
+        self._loops += 1
+        roles = (self._rollouts.crew.actors, self._rewards.crew.actors, self._learner._ranks)
+        everyone = [(actor, length) for role, length in zip(roles, lengths, strict=True) for actor in role]
+        ray.get([actor.__ray_call__.remote(_begin, length) for actor, length in everyone])
+        with contextlib.closing(Run(self._config(lag, f"loop-{self._loops}"))) as run:
+            run_grpo(run, self._learner, self._rollouts, self._rewards)
+            events = read_events(run.folder / "events.jsonl")
+        work = ray.get([actor.__ray_call__.remote(lambda a: a.work_s) for actor, _ in everyone])
+        ends = [event["time"] for event in events if event["event"] == "step"]
+        gaps = [b - a for a, b in itertools.pairwise(ends)][WARM_UP - 1 :]
+        return Measured(gaps, max(statistics.median(seconds) for seconds in work))
+
+    def _config(self, lag: int, name: str) -> RunConfig:
+        home = self._home
+        folders = [f"run_dir={home / name}", f"dataset={home / 'dataset'}", f"grpo.start={home / 'policy'}"]
+        size = [f"grpo.steps={self._steps}", "grpo.prompts=2", "grpo.group=3", f"grpo.max_staleness={lag}"]
+        off = ["grpo.pictures_every=1000", "grpo.commit_every=1000", "grpo.watch.every=0", "tracking.wandb=disabled"]
+        return load_config("tiny", [*folders, *size, *off])
 
 
-def _config(home: Path, lag: int, steps: int, name: str) -> RunConfig:
-    folders = [f"run_dir={home / name}", f"dataset={home / 'dataset'}", f"grpo.start={home / 'policy'}"]
-    size = [f"grpo.steps={steps}", "grpo.prompts=2", "grpo.group=3", f"grpo.max_staleness={lag}"]
-    off = ["grpo.pictures_every=1000", "grpo.commit_every=1000", "grpo.watch.every=0", "tracking.wandb=disabled"]
-    return load_config("tiny", [*folders, *size, *off])
+def _begin(actor: Any, seconds: float) -> None:
+    actor.phase_s, actor.work_s = seconds, []
 
 
 def main() -> None:
@@ -143,17 +145,19 @@ def main() -> None:
         data = DataConfig(size=32, train_scenes=12, val_scenes=4, test_scenes=6, workers=1)
         build_dataset(data, home / "dataset", default_cache())
         write_policy(home / "policy")
+        bench = Bench(home, options.steps)
         for name, shape in (("balanced", BALANCED), ("unbalanced", UNBALANCED)):
-            lengths = (shape[0] * options.phase, shape[1] * options.phase, shape[2] * options.phase)
-            sequential = measure(home, lengths, 0, options.steps)
+            lengths = [length * options.phase for length in shape]
+            sequential = bench.measure(lengths, 0)
             beyond = statistics.median(sequential.seconds) - sum(lengths)
             print(
                 f"{name}: sequential {sequential.mean:.3f} s a step, {1000 * beyond:.0f} ms of it orchestration; "
-                f"real work of the busiest actor {sequential.work_s:.2f} s"
+                f"real work of the busiest actor {sequential.work_s:.2f} s",
+                flush=True,
             )
             missed += [f"orchestration {1000 * beyond:.0f} ms"] if beyond > ORCHESTRATION_S else []
             for lag in TARGETS:
-                ahead = measure(home, lengths, lag, options.steps)
+                ahead = bench.measure(lengths, lag)
                 ratio, ideal = sequential.mean / ahead.mean, min(lag + 1, sum(lengths) / max(lengths))
                 target = TARGETS[lag] if shape == BALANCED else 0.9 * ideal
                 reached = f"ideal {ideal:.2f}, target {target:.2f}"
