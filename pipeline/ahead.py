@@ -81,6 +81,7 @@ class Ahead(Generic[Made]):
         self._next = start
         for published in self._older:
             self._admit(self._rollouts.publish(*published))
+        self._older = []  # the launched steps alone keep old weights in memory
         self.publish(start)
 
     def publish(self, version: int) -> None:
