@@ -56,6 +56,7 @@ sweep: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.group_scorer
+	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.grpo_step runs/demo
 
 base: setup

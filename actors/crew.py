@@ -1,11 +1,14 @@
 """The actors of one role as a crew: work goes to whoever serves, and an actor that dies is replaced and its unfinished
 work given out again. What was finished is kept: returned values outlive the actor that returned them.
 
-Who may serve is decided in :mod:`actors.health`; here are the calls, the waiting and the killing.
+Who may serve is decided in :mod:`actors.health`; here are the calls, the waiting and the killing. Several threads may
+give work to a crew and wait for it at the same time: what they share is changed under a lock, and nobody waits while
+holding it.
 """
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.health import Health, State
-from actors.waiting import LOST, Wait, expected, lost_because
+from actors.waiting import LOOK_UP_EVERY_S, LOST, Wait, expected, lost_because
 from common.errors import ActorError
 
 log = logging.getLogger("omnialpha")
@@ -60,7 +63,6 @@ class Crew:
         *,
         replacements: int,
         deadline_s: float,
-        weights: bool = False,
         notify: Notify = unheard,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,20 +73,19 @@ class Crew:
             make: starts one actor.
             count: how many.
             replacements: as in :class:`actors.health.Health`.
-            deadline_s: longest wait for anything.
-            weights: whether they serve only with weights that :meth:`deliver` brings.
+            deadline_s: longest time without an answer from the role.
             notify: hears of losses and replacements.
             clock: of the health.
         """
-        self._role, self._make, self._deadline, self._weights = role, make, deadline_s, weights
+        self._role, self._make, self._deadline = role, make, deadline_s
         self._notify = notify
+        self._lock = threading.RLock()
         self._health = Health(role, count, replacements, clock)
-        self._load: Callable[[Any], Any] | None = None
-        self._check: Callable[[int, Any], None] = lambda number, answer: None
         self._next = 0
+        self._answered_at = 0.0
         self._lost_at: dict[int, float] = {}
         self.actors = [make() for _ in range(count)]
-        self._joining = {number: actor.__ray_ready__.remote() for number, actor in enumerate(self.actors)}
+        self._starting = {number: actor.__ray_ready__.remote() for number, actor in enumerate(self.actors)}
 
     def begin(self) -> None:
         """Waits until all are there.
@@ -93,34 +94,22 @@ class Crew:
             ActorError: a constructor raised, or actors were lost one after the other.
             DeadlineError: they were not there in time.
         """
-        self._settle(f"{self._role} actors to start", State.STARTING, State.LOST)
-
-    def deliver(self, load: Callable[[Any], Any], check: Callable[[int, Any], None], what: str) -> None:
-        """Gives every actor weights, also those that will be started later; returns when all hold them.
-
-        Args:
-            load: makes the call on an actor that loads them.
-            check: hears an actor's number and its answer, and raises if they are not those weights.
-            what: names the wait.
-        """
-        self._load, self._check = load, check
-        self._health.outdated()
-        for number in self._health.having(State.STALE):
-            self._joining[number] = load(self.actors[number])
-        self._settle(what, State.STARTING, State.STALE, State.LOST)
+        what = f"{self._role} actors to start"
+        wait = Wait(what, len(self.actors), self._deadline)
+        while missing := self._health.having(State.STARTING, State.LOST):
+            self._ready(what, [], wait, len(missing))
 
     def ask(self, call: Callable[[Any], Any], number: int | None = None) -> Work:
         """Gives work to actor ``number``, or to one after the other; returns at once. With nobody serving it is given
         out when it is waited for."""
-        if self._weights and self._load is None:
-            raise ActorError(f"{self._role} actors were asked to work before they had received weights")
         work = Work(call)
-        serving = self._health.having(State.SERVING)
-        if number is None:
-            self._next += 1
-            number = self._next % len(self.actors)
-        if serving:
-            work.give(self.actors[number if number in serving else serving[number % len(serving)]])
+        with self._lock:
+            serving = self._health.having(State.SERVING)
+            if number is None:
+                self._next += 1
+                number = self._next % len(self.actors)
+            if serving:
+                work.give(self.actors[number if number in serving else serving[number % len(serving)]])
         return work
 
     def wait(self, works: Sequence[Work], what: str) -> list[Any]:
@@ -132,22 +121,64 @@ class Crew:
         """Each work with its first value as soon as it is there.
 
         Raises:
-            DeadlineError: not all were there in time.
+            DeadlineError: the role answered nobody for too long.
             ActorError: actors were lost one after the other, or one raised something unexpected.
             OmniAlphaError: an actor raised an expected error; it arrives as itself.
+            Abandoned: nobody wants the values any more. Actors still make the calls that they have: Ray cannot take
+                them out of an actor's queue.
         """
         pending, wait = list(works), Wait(what, len(works), self._deadline)
         while pending:
-            self._give_out(pending)
-            done = self._ready(what, {work.refs[0]: work for work in pending if work.refs}, wait, len(pending))
-            for work, value in done:
+            for work, value in self._ready(what, pending, wait, len(pending)):
                 pending.remove(work)
                 yield work, value
 
-    def _settle(self, what: str, *unsettled: State) -> None:
-        wait = Wait(what, len(self.actors), self._deadline)
-        while missing := self._health.having(*unsettled):
-            self._ready(what, {}, wait, len(missing))
+    def _ready(self, what: str, pending: Sequence[Work], wait: Wait, missing: int) -> list[tuple[Work, Any]]:
+        """Lets something happen: a value that arrives, an actor that starts, is lost, or is started again."""
+        left = wait.left(missing, self._answered_at)
+        with self._lock:
+            self._start_again()
+            self._give_out(pending)
+            starting = {ref: number for number, ref in self._starting.items()}
+            asked = {work.refs[0]: work for work in pending if work.refs}
+            pause = min(left, 0.1 if self._health.having(State.LOST) else LOOK_UP_EVERY_S)
+        refs = [*starting, *asked]
+        if not refs:
+            time.sleep(pause)
+            return []
+        ready = ray.wait(refs, num_returns=len(refs), timeout=0)[0] or ray.wait(refs, timeout=pause)[0]
+        done = []
+        for ref in ready:
+            try:
+                value = ray.get(ref)
+            except LOST as error:
+                with self._lock:
+                    if ref in starting:
+                        self._lose_starting(starting[ref], ref, error, what)
+                    else:
+                        gone = asked[ref].actor
+                        asked[ref].take_back()
+                        # All work of a lost actor fails; the first failure has it replaced.
+                        for number in [k for k, actor in enumerate(self.actors) if actor is gone]:
+                            self._lose(number, error, what)
+            except RayError as error:
+                raise expected(error, what) from None
+            else:
+                with self._lock:
+                    if ref in starting:
+                        self._started(starting[ref], ref)
+                    else:
+                        self._health.answered()
+                        self._answered_at = time.monotonic()
+                        done.append((asked[ref], value))
+        return done
+
+    def _start_again(self) -> None:
+        """Starts replacements that are due."""
+        for number in self._health.due():
+            self._health.restarting(number)
+            self.actors[number] = self._make()
+            self._starting[number] = self.actors[number].__ray_ready__.remote()
 
     def _give_out(self, pending: Sequence[Work]) -> None:
         """Work that nobody has goes to the serving actors with the least of it."""
@@ -156,58 +187,21 @@ class Crew:
             if not work.refs:
                 work.give(min(serving, key=lambda actor: sum(other.actor is actor for other in pending)))
 
-    def _ready(self, what: str, asked: dict[Any, Work], wait: Wait, missing: int) -> list[tuple[Work, Any]]:
-        """Lets something happen: a value that arrives, an actor that joins, is lost, or is started again."""
-        left = wait.left(missing)
-        for number in self._health.due():
-            self._health.restarting(number)
-            self.actors[number] = self._make()
-            self._joining[number] = self.actors[number].__ray_ready__.remote()
-        joining = {ref: number for number, ref in self._joining.items()}
-        pause = min(left, 0.1 if self._health.having(State.LOST) else 5.0)
-        refs = [*joining, *asked]
-        if not refs:
-            time.sleep(pause)
-            return []
-        done = []
-        for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0] or ray.wait(refs, timeout=pause)[0]:
-            try:
-                value = ray.get(ref)
-            except LOST as error:
-                if ref in joining:
-                    self._lose(joining[ref], error, what)
-                else:
-                    gone = asked[ref].actor
-                    asked[ref].take_back()
-                    # All work of a lost actor fails; the first failure has it replaced.
-                    for number in [k for k, actor in enumerate(self.actors) if actor is gone]:
-                        self._lose(number, error, what)
-            except RayError as error:
-                raise expected(error, what) from None
-            else:
-                if ref in joining:
-                    self._join(joining[ref], value)
-                else:
-                    self._health.answered()
-                    done.append((asked[ref], value))
-        return done
-
-    def _join(self, number: int, answer: Any) -> None:
-        """An actor has started, or has loaded weights."""
-        self._joining.pop(number, None)
-        if self._health.state(number) is State.STARTING:
-            self._health.started(number)
-            if self._load is not None:
-                self._joining[number] = self._load(self.actors[number])
-            if self._weights:
-                return
-        else:
-            self._check(number, answer)
-        self._health.loaded(number)
+    def _started(self, number: int, ref: Any) -> None:
+        """An actor is there, which several threads may have waited for."""
+        if self._starting.get(number) is not ref:
+            return
+        del self._starting[number]
+        self._health.started(number)
         if number in self._lost_at:
             seconds = time.monotonic() - self._lost_at.pop(number)
             log.info("%s actor %d was replaced in %.1f s", self._role, number, seconds)
             self._notify("actor_replaced", role=self._role, actor=number, seconds=round(seconds, 3))
+
+    def _lose_starting(self, number: int, ref: Any, error: RayError, what: str) -> None:
+        """An actor did not come to be, which several threads may have waited for."""
+        if self._starting.get(number) is ref:
+            self._lose(number, error, what)
 
     def _lose(self, number: int, error: RayError, what: str) -> None:
         """An actor is gone, which may be heard several times.
@@ -218,7 +212,7 @@ class Crew:
         if self._health.state(number) is State.LOST:
             return
         log.debug("%s actor %d: %s", self._role, number, error)
-        self._joining.pop(number, None)
+        self._starting.pop(number, None)
         with contextlib.suppress(RayError):  # whatever Ray believes of it, it must not work beside its replacement
             ray.kill(self.actors[number], no_restart=True)
         first = number not in self._lost_at and self._health.state(number) is State.STARTING

@@ -1,12 +1,11 @@
 """Which actors of a role may work, and when one that was lost is started anew. Pure: time comes from a clock that is
 passed in, and whoever starts, asks and kills actors lives in :mod:`actors.crew`.
 
-    STARTING ──started──▶ STALE ──loaded──▶ SERVING          lost: from everywhere to LOST
-       ▲                    ◀────outdated─────┘
+    STARTING ──started──▶ SERVING          lost: from everywhere to LOST
+       ▲
        └──restarting── LOST
 
-The transition that matters most is the one that is missing: nothing leads to SERVING past STALE, so an actor works only
-after it has loaded the current weights.
+Weights are not its business: every call that needs some names them, and an actor loads them before it works.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ class State(Enum):
     """Of one actor."""
 
     STARTING = "starting"
-    STALE = "waiting for weights"
     SERVING = "serving"
     LOST = "lost"
 
@@ -49,17 +47,8 @@ class Health:
         return [number for number, state in enumerate(self._states) if state in states]
 
     def started(self, number: int) -> None:
-        """The process is there, without weights."""
-        self._move(number, (State.STARTING,), State.STALE)
-
-    def loaded(self, number: int) -> None:
-        """It holds the current weights."""
-        self._move(number, (State.STALE,), State.SERVING)
-
-    def outdated(self) -> None:
-        """There are newer weights: nobody serves until they are loaded."""
-        for number in self.having(State.SERVING):
-            self._move(number, (State.SERVING,), State.STALE)
+        """The process is there."""
+        self._move(number, (State.STARTING,), State.SERVING)
 
     def answered(self) -> None:
         """One of the actors did its work: losses are counted anew."""
@@ -67,7 +56,7 @@ class Health:
 
     def lost(self, number: int, cause: str) -> None:
         """An actor is gone. The first of a row is replaced at once, later ones after a pause that doubles."""
-        self._move(number, (State.STARTING, State.STALE, State.SERVING), State.LOST)
+        self._move(number, (State.STARTING, State.SERVING), State.LOST)
         self._causes.append(cause)
         pause = 0.0 if len(self._causes) == 1 else min(2.0 ** (len(self._causes) - 2), LONGEST_PAUSE_S)
         self._due[number] = self._clock() + pause

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from safetensors.torch import load_file, save_file
 
 from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, sum_stats
 from actors.operator_cache import load_operator
+from actors.rollout import Weights
 from actors.waiting import LOST, lost_because, wait_all
 from common.commit import storage_errors
 from common.errors import ActorError, ClusterError, DeadlineError, LearnerError, NumericsError
@@ -29,7 +31,7 @@ from data.records import RecordDataset
 from policy.latents import LatentSums, encode_records, latent_statistics, split_work
 from policy.programs import Program
 from policy.rl import GrpoProgram, RlProgram
-from policy.weights import digest, pack
+from policy.weights import digest, pack, unpack
 
 LOOPBACK = "127.0.0.1"
 
@@ -165,9 +167,11 @@ class LearnerRank:
         norm = engine.step(plan.lr)
         return sum_stats(stats) | {"max_grad_norm": norm, "max_seconds": time.perf_counter() - start}
 
-    def begin_batch(self) -> None:
-        """Tells the program that a new batch of rollouts arrives."""
-        self._rl_program().begin_batch(self._ready().weights)
+    def begin_batch(self, sampled_by: tuple[Any, Any] | None) -> None:
+        """Tells the program that a new batch of rollouts arrives, and whose: references to (index, buffer) of published
+        weights, which only a program that wants them fetches; None is the current policy."""
+        current = self._ready().weights
+        self._rl_program().begin_batch((lambda: dict(unpack(*ray.get(list(sampled_by))))) if sampled_by else current)
 
     def recompute(self, spare: int, *payloads: Any) -> Any:
         """This rank's groups with its own log-probabilities, then the largest |ratio − 1| to the delivered ones.
@@ -195,6 +199,17 @@ class LearnerRank:
         """Writes this rank's training state."""
         with storage_errors(folder):
             self._ready().save(folder, self._rank)
+
+    def store_weights(self, path: Path, index: Any, buffer: np.ndarray) -> None:
+        """Writes published weights."""
+        with storage_errors(path):
+            save_file(dict(unpack(index, buffer)), path)
+
+    def stored_weights(self, path: Path) -> tuple[Any, Any]:
+        """((digest, index), buffer) of what :meth:`store_weights` wrote."""
+        weights = load_file(path)
+        index, buffer = pack(weights)
+        return (digest(weights), index), buffer
 
     def export(self, folder: Path) -> None:
         """Rank 0 writes the weights that the stage hands on; the others take part in gathering them."""
@@ -297,9 +312,10 @@ class LearnerGroup:
             raise NumericsError(f"step {step + 1}: the ranks did not train on the {count} terms they were given")
         return {"lr": lr} | {k: v if k.startswith("max_") else v / count for k, v in total.items()}
 
-    def begin_batch(self) -> None:
-        """Before the first update on a batch of rollouts."""
-        self._each("begin a batch", lambda r, _: r.begin_batch.remote())
+    def begin_batch(self, sampled_by: Weights | None = None) -> None:
+        """Before the first update on a batch of rollouts; ``sampled_by`` where that was not the current policy."""
+        old = (sampled_by.source, sampled_by.buffer) if sampled_by else None
+        self._each("begin a batch", lambda r, _: r.begin_batch.remote(old))
 
     def recompute(self, items: Sequence[Item]) -> tuple[list[Item], float]:
         """The items with the learner's own old log-probabilities, and the largest |ratio − 1| to the delivered ones.
@@ -331,6 +347,20 @@ class LearnerGroup:
     def save(self, folder: Path) -> None:
         """All ranks write their state into one folder."""
         self._each("save", lambda r, _: r.save.remote(folder))
+
+    def store_weights(self, folder: Path, weights: Sequence[Weights]) -> None:
+        """Rank 0 writes published weights into a folder."""
+        rank = self._ranks[0]
+        paths = [folder / f"weights-{each.version:08d}.safetensors" for each in weights]
+        stored = [rank.store_weights.remote(p, w.source, w.buffer) for p, w in zip(paths, weights, strict=True)]
+        self._all(stored, "published weights to be stored")
+
+    def stored_weights(self, folder: Path) -> list[tuple[int, str, Any, Any]]:
+        """What :meth:`store_weights` wrote, by version: (version, digest, index, buffer reference) each."""
+        paths = {int(path.stem.rpartition("-")[2]): path for path in folder.glob("weights-*.safetensors")}
+        pairs = {v: self._ranks[0].stored_weights.options(num_returns=2).remote(paths[v]) for v in sorted(paths)}
+        heads = self._all([head for head, _ in pairs.values()], "published weights to be read")
+        return [(v, *head, buffer) for (v, (_, buffer)), head in zip(pairs.items(), heads, strict=True)]
 
     def export(self, folder: Path) -> None:
         """Writes the policy folder that the stage hands on."""

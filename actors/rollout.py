@@ -2,6 +2,10 @@
 
 A group leaves as three returns: small metadata for the driver, the trajectory for learner ranks, the pixels for
 scorers. They are returned, not put: a value that an actor put would die with the actor.
+
+Every call names the weights it is to be made with, and an actor that holds others loads them first. So groups of
+several policy versions can be in flight at once, and whoever takes over a lost actor's work does it with the same
+policy.
 """
 
 import functools
@@ -36,6 +40,25 @@ from policy.weights import digest, load_packed
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A policy's weights by reference, and the digest that whoever loads them must come to."""
+
+    version: int
+    """Training steps behind it; −1 outside training."""
+    name: str
+    """Digest."""
+    source: Any
+    """Reference to the index of ``buffer``, or the folder of a policy."""
+    buffer: Any = None
+    """Reference to the packed weights; None with a folder."""
+
+    @property
+    def arguments(self) -> tuple[int, str, Any, Any]:
+        """As an actor's methods take them."""
+        return self.version, self.name, self.source, self.buffer
+
+
+@dataclass(frozen=True)
 class RolloutSetup:
     """What a rollout actor is made from."""
 
@@ -65,22 +88,36 @@ class RolloutActor:
         self._model = starting_policy(start.policy, start.lora, start.seed).eval().requires_grad_(False)
         self._text = open_encoder(start.policy)
         self._splits: dict[str, RecordDataset] = {}
-        self._version = -1
+        self._version, self._held = -1, ""
 
     def load(self, version: int, index: Any, buffer: np.ndarray) -> str:
         """Takes published weights and answers with the digest of what the model now holds."""
-        name = load_packed(self._model, index, buffer)
+        self._held = load_packed(self._model, index, buffer)
         self._version = version
-        return name
+        return self._held
 
     def load_folder(self, model: Path) -> str:
-        """Takes the transformer of a policy folder (evaluation)."""
+        """Takes the transformer of a policy folder (evaluation) and answers with its digest."""
         self._model = load_transformer(model).eval().requires_grad_(False)
-        self._version = -1
-        return digest(self._model.state_dict())
+        self._held, self._version = digest(self._model.state_dict()), -1
+        return self._held
 
-    def sample(self, request: GroupRequest) -> tuple[GroupMeta, GroupTrajectory, GroupPixels]:
-        """Rolls out one group with the current policy."""
+    def hold(self, version: int, name: str, source: Any, buffer: np.ndarray | None) -> None:
+        """Loads weights unless it holds them.
+
+        Raises:
+            ActorError: after loading, the model's digest is not ``name``.
+        """
+        if self._held != name:
+            held = self.load_folder(source) if buffer is None else self.load(version, source, buffer)
+            if held != name:
+                raise ActorError(f"a rollout actor holds {held} after loading version {version}, which is {name}")
+        self._version = version
+
+    def sample(self, request: GroupRequest, *weights: Any) -> tuple[GroupMeta, GroupTrajectory, GroupPixels]:
+        """Rolls out one group with the policy of ``weights`` (:attr:`Weights.arguments`), or the one it holds."""
+        if weights:
+            self.hold(*weights)
         start, setup = time.perf_counter(), self._setup
         if self._version < 0:
             raise ActorError("a rollout actor was asked for a group before it had received weights")
@@ -136,11 +173,16 @@ class RolloutActor:
         )
         return meta, trajectory, self._pixels(record, layers, sample)
 
-    def generate(self, split: str, indices: Sequence[int], schedule: ScheduleConfig) -> tuple[int, list[GroupPixels]]:
+    def generate(
+        self, split: str, indices: Sequence[int], schedule: ScheduleConfig, *weights: Any
+    ) -> tuple[int, list[GroupPixels]]:
         """One deterministic ODE sample per record (all of one task): (their number, groups of one).
 
-        The noise of a record follows from its id, so two policies start from the same noise.
+        The noise of a record follows from its id, so two policies start from the same noise. ``weights`` as in
+        :meth:`sample`.
         """
+        if weights:
+            self.hold(*weights)
         data = self._split(split)
         records = [data.record(int(index)) for index in indices]
         samples = [record.decode() for record in records]
@@ -183,72 +225,60 @@ class Group:
 
 class RolloutPool:
     """All rollout actors. One that dies is replaced, and its groups are sampled again: they are the same groups, for
-    all of their randomness follows from the request."""
+    all of their randomness follows from the request, and the request comes with the weights."""
 
     def __init__(self, config: ClusterConfig, setup: RolloutSetup, notify: Notify = unheard) -> None:
         """``notify`` hears of losses and replacements."""
         role = config.rollout
         actor = ray.remote(num_cpus=role.cpus)(RolloutActor)
+        self._weights: Weights | None = None
         self.crew = Crew(
             "rollout",
             lambda: actor.remote(setup, role.threads),
             role.actors,
             replacements=config.replacements,
             deadline_s=config.deadline_s,
-            weights=True,
             notify=notify,
         )
         self.crew.begin()
 
-    def publish(self, version: int, name: str, index: Any, buffer: Any) -> None:
-        """Delivers weights and checks that every actor now holds them, as every replacement will.
+    def publish(self, version: int, name: str, index: Any, buffer: Any) -> Weights:
+        """Weights for whatever is asked for from now on, unless it names older ones. The actors load them when they
+        come to it; one whose digest then differs from the learner's ends the run."""
+        self._weights = Weights(version, name, ray.put(index), buffer)
+        return self._weights
 
-        Raises:
-            ActorError: an actor's digest differs from the learner's.
-        """
-
-        def check(number: int, got: str) -> None:
-            if got != name:
-                raise ActorError(
-                    f"rollout actor {number} holds other weights than version {version} ({name}) after loading"
-                )
-
-        what = f"weights of version {version} to arrive"
-        self.crew.deliver(lambda actor: actor.load.remote(version, index, buffer), check, what)
-
-    def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float]) -> Iterator[Group]:
+    def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float], weights: Weights) -> Iterator[Group]:
         """Submits groups, shared among the actors by their relative costs, and returns at once; the groups come one by
         one as they exist, in any order."""
         asked = {}
         for number, share in enumerate(balance(costs, len(self.crew.actors))):
             for place in share:
                 request = requests[place]
-                asked[self.crew.ask(functools.partial(_sample, request), number)] = request
-        done = self.crew.as_done(list(asked), "rollout actors: groups")
+                asked[self.crew.ask(functools.partial(_sample, request, weights), number)] = request
+        done = self.crew.as_done(list(asked), f"rollout actors: groups of step {requests[0].step}")
         return (Group(asked[work], *work.refs) for work, _ in done)
 
     def load_folder(self, model: Path) -> str:
-        """All actors take a policy folder's transformer; returns its digest.
-
-        Raises:
-            ActorError: they do not all hold the same weights afterwards.
-        """
-        held: list[str] = []
-
-        def check(number: int, got: str) -> None:
-            held.append(got)
-            if got != held[0]:
-                raise ActorError(f"rollout actor {number} holds other weights than the others after loading {model}")
-
-        self.crew.deliver(lambda actor: actor.load_folder.remote(model), check, f"{model} to load")
-        return held[0]
+        """From now on all actors work with a policy folder's transformer; returns its digest."""
+        loading = self.crew.ask(lambda actor: actor.load_folder.remote(model))
+        (name,) = self.crew.wait([loading], f"{model} to load")
+        self._weights = Weights(-1, name, model)
+        return name
 
     def generate(
         self, split: str, chunks: Sequence[Sequence[int]], schedule: ScheduleConfig
     ) -> Iterator[tuple[Any, Any]]:
         """Submits evaluation chunks round robin and returns at once: (count, pixels) references, in the order of the
-        chunks, each as soon as it exists."""
-        return self._in_order([self.crew.ask(functools.partial(_generate, split, chunk, schedule)) for chunk in chunks])
+        chunks, each as soon as it exists.
+
+        Raises:
+            ActorError: there are no weights yet.
+        """
+        if self._weights is None:
+            raise ActorError("rollout actors were asked for samples before they had been given weights")
+        call = functools.partial(_generate, self._weights, split, schedule)
+        return self._in_order([self.crew.ask(functools.partial(call, chunk)) for chunk in chunks])
 
     def _in_order(self, asked: Sequence[Work]) -> Iterator[tuple[Any, Any]]:
         done, place = set(), 0
@@ -260,9 +290,9 @@ class RolloutPool:
                 place += 1
 
 
-def _sample(request: GroupRequest, actor: Any) -> Any:
-    return actor.sample.options(num_returns=3).remote(request)
+def _sample(request: GroupRequest, weights: Weights, actor: Any) -> Any:
+    return actor.sample.options(num_returns=3).remote(request, *weights.arguments)
 
 
-def _generate(split: str, chunk: Sequence[int], schedule: ScheduleConfig, actor: Any) -> Any:
-    return actor.generate.options(num_returns=2).remote(split, chunk, schedule)
+def _generate(weights: Weights, split: str, schedule: ScheduleConfig, chunk: Sequence[int], actor: Any) -> Any:
+    return actor.generate.options(num_returns=2).remote(split, chunk, schedule, *weights.arguments)

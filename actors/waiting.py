@@ -1,9 +1,12 @@
-"""Every wait has a name, a deadline and a periodic line that says what it waits for."""
+"""Every wait has a name, a deadline and a periodic line that says what it waits for, and ends when nobody wants its
+outcome any more."""
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import ray
@@ -15,10 +18,42 @@ log = logging.getLogger("omnialpha")
 
 REPORT_EVERY_S = 30.0
 
+LOOK_UP_EVERY_S = 0.5
+"""A wait looks up this often: whether it is still wanted, whether it is time for a line."""
+
 LOST = (RayActorError, OutOfMemoryError, NodeDiedError)
 """How Ray says that an actor is gone, as opposed to an error that it raised."""
 
 Value = TypeVar("Value")
+
+
+_unwanted: ContextVar[threading.Event | None] = ContextVar("unwanted", default=None)
+
+
+class Abandoned(Exception):
+    """Nobody wants what this thread waits for any more."""
+
+
+def in_background(work: Callable[[], Value], name: str, unwanted: threading.Event) -> Future[Value]:
+    """Starts a thread; once ``unwanted`` is set, its next wait raises :class:`Abandoned`."""
+    future: Future[Value] = Future()
+
+    def run() -> None:
+        _unwanted.set(unwanted)
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: a second Ctrl-C ends the driver at once.
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def _check_wanted() -> None:
+    unwanted = _unwanted.get()
+    if unwanted is not None and unwanted.is_set():
+        raise Abandoned
 
 
 class Wait:
@@ -28,15 +63,18 @@ class Wait:
         self._what, self._count, self._deadline = what, count, deadline_s
         self._start = self._reported = time.monotonic()
 
-    def left(self, missing: int) -> float:
-        """Seconds that are left.
+    def left(self, missing: int, heard_at: float = 0.0) -> float:
+        """Seconds that are left, counted anew from ``heard_at``: when whoever is waited for last gave an answer, be it
+        to somebody else.
 
         Raises:
             DeadlineError: none; says how many things are still missing.
+            Abandoned: the outcome is not wanted any more.
         """
+        _check_wanted()
         now = time.monotonic()
-        waited = now - self._start
-        if waited >= self._deadline:
+        waited, silent = now - self._start, now - max(self._start, heard_at)
+        if silent >= self._deadline:
             raise DeadlineError(
                 f"{self._what}: {missing} of {self._count} still missing after {self._deadline:.0f} s; "
                 "raise cluster.deadline_s if the work is that slow, otherwise look for a stuck actor in `ray status`"
@@ -44,7 +82,7 @@ class Wait:
         if now - self._reported >= REPORT_EVERY_S:
             self._reported, there = now, self._count - missing
             log.info("waiting for %s: %d of %d after %.0f s", self._what, there, self._count, waited)
-        return self._deadline - waited
+        return self._deadline - silent
 
 
 def wait_all(refs: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
@@ -60,7 +98,7 @@ def wait_all(refs: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
     pending, values = list(dict.fromkeys(refs)), {}
     wait = Wait(what, len(refs), deadline_s)
     while pending:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=min(wait.left(len(pending)), 5.0))
+        ready, pending = ray.wait(pending, num_returns=1, timeout=min(wait.left(len(pending)), LOOK_UP_EVERY_S))
         for ref in ready:
             values[ref] = _get(ref, what)
     return [values[ref] for ref in refs]
@@ -110,7 +148,8 @@ def wait_futures(futures: Sequence[Future[Value]], what: str) -> list[Value]:
     start = reported = time.monotonic()
     pending = set(futures)
     while pending:
-        done, pending = wait(pending, timeout=5.0, return_when=FIRST_COMPLETED)
+        _check_wanted()
+        done, pending = wait(pending, timeout=LOOK_UP_EVERY_S, return_when=FIRST_COMPLETED)
         for future in done:
             future.result()
         if (now := time.monotonic()) - reported >= REPORT_EVERY_S:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -18,11 +19,12 @@ from common.commit import storage_errors
 
 
 class EventLog:
-    """Appends events; ``attempt`` counts the driver's starts on this run folder."""
+    """Appends events, from any thread; ``attempt`` counts the driver's starts on this run folder."""
 
     def __init__(self, path: Path, attempt: int = 0) -> None:
         self.path = path
         self.attempt = attempt
+        self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = path.open("a", encoding="utf-8")
@@ -32,7 +34,7 @@ class EventLog:
     def write(self, event: str, **fields: Any) -> None:
         """Adds one event with its wall-clock time in seconds."""
         line = {"time": round(time.time(), 3), "attempt": self.attempt, "event": event, **fields}
-        with storage_errors(self.path):
+        with self._lock, storage_errors(self.path):
             self._file.write(json.dumps(finite(line), separators=(",", ":"), allow_nan=False) + "\n")
             self._file.flush()
 
@@ -73,6 +75,18 @@ def group_balance(events: Iterable[dict[str, Any]]) -> dict[str, int]:
     A rollback (``event="rollback"``, ``to_step``) turns groups launched for later steps into
     ``dropped:rolled back``, whatever had become of them.
     """
+    fates, counts = _fates(events)
+    counts.update(fate for _, fate in fates.values())
+    return dict(counts)
+
+
+def in_flight(events: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Groups that were launched and have neither been trained nor dropped → the step they were launched for."""
+    return {group: step for group, (step, fate) in _fates(events)[0].items() if fate == "in_flight"}
+
+
+def _fates(events: Iterable[dict[str, Any]]) -> tuple[dict[str, tuple[int, str]], Counter[str]]:
+    """(group → (step, fate) in the current lineage, how many were launched and rolled back in all)."""
     state: dict[str, tuple[int, str]] = {}
     counts: Counter[str] = Counter()
     for event in events:
@@ -89,5 +103,4 @@ def group_balance(events: Iterable[dict[str, Any]]) -> dict[str, int]:
                     if step > event["to_step"]:
                         counts["dropped:rolled back"] += 1
                         del state[group]
-    counts.update(outcome for _, outcome in state.values())
-    return dict(counts)
+    return state, counts

@@ -173,6 +173,9 @@ class GrpoStageConfig(TrainingConfig):
     """Passes over a step's groups."""
     resample: int = Field(0, ge=0)
     """Times that dropped groups of a step are replaced by groups of fresh prompts."""
+    max_staleness: int = Field(0, ge=0)
+    """Steps by which the policy that samples may lag behind the one that is trained; 0 takes turns, 2 keeps rollout,
+    rewards and learner busy at once."""
     share_noise: bool = False
     """Whether the members of a group start from the same noise."""
     first_ratio_bound: float = Field(1e-6, ge=0)
@@ -219,7 +222,15 @@ class GrpoStageConfig(TrainingConfig):
 
     def doubts(self) -> list[str]:
         """Settings that are allowed and probably not meant."""
-        if self.algorithm == "nft" or self.minibatches * self.epochs == 1:
+        stale = [
+            "grpo.objective.old_log_probs=recomputed with grpo.max_staleness > 0: the ratio then does not see how far "
+            "the policy has moved since it sampled, and nothing corrects for it"
+        ]
+        return [*(stale if self.recompute and self.max_staleness else []), *self._doubtful_clip_range()]
+
+    def _doubtful_clip_range(self) -> list[str]:
+        # Without staleness and with one update per batch every ratio is 1.
+        if self.algorithm == "nft" or (self.minibatches * self.epochs == 1 and not self.max_staleness):
             return []
         scale = "GRPO-Guard" if self.objective.guard else "published CPS" if not self.kernel.gaussian else "Gaussian"
         low, high = CLIP_RANGES[scale]
@@ -396,6 +407,7 @@ class RunConfig(StrictConfig):
         cadence = {"commit_every", "pictures_every", "keep_rollouts"}
         # A watch that only warns changes no result.
         grpo = cadence if self.grpo.watch.stop else cadence | {"watch"}
+        grpo |= set() if self.grpo.max_staleness else {"max_staleness"}
         exclude: dict[str, Any] = {"data": {"workers"}, "rgb": cadence, "vae": cadence, "sft": cadence, "grpo": grpo}
         # What is not used is left out: runs that were begun before it existed can be resumed.
         exclude |= {"continued": cadence if self.control else True}

@@ -3,8 +3,13 @@
 prompts ─▶ rollout actors ─(pixels)─▶ reward actors ─▶ scores ─▶ advantages, keep or drop
                  ▲                                                      │
                  └── weights (version, digest) ◀── learner ranks ◀──(trajectories)
+
+With ``grpo.max_staleness`` the upper row works on coming steps while the lower one trains (``pipeline/ahead.py``);
+with 0 they take turns. It is the same loop.
 """
 
+import contextlib
+import functools
 import logging
 import time
 from collections import Counter, defaultdict
@@ -17,11 +22,13 @@ import numpy as np
 from actors.engine import EngineConfig
 from actors.learner import Item, LearnerGroup, first_ratio_message
 from actors.reward import RewardPool
-from actors.rollout import Group, RolloutPool
+from actors.rollout import Group, RolloutPool, Weights
 from actors.waiting import wait_all
 from common.errors import ActorError, NumericsError, RewardError
+from common.events import in_flight, read_events
 from data.seeding import seed_for
 from data.tasks import get_task
+from pipeline.ahead import Ahead
 from pipeline.run import Progress, Run
 from pipeline.train import starting_point, task_sampler
 from pipeline.watch import Watch
@@ -42,42 +49,51 @@ def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: Re
     learner.setup(make, stage.optimiser, engine, stage.steps)
     watch = Watch(run, learner, rollouts, rewards)
     progress = Progress(run, "grpo", stage.steps, stage.commit_every)
-    start = progress.resume(learner.restore)
-    watch.resume(start)
-    version, empty = start, 0
-    rollouts.publish(version, *learner.publish())
-    for step in watch.until_stopped(range(start, stage.steps)):
-        began = time.monotonic()
-        scored = roll_out(run, rollouts, rewards, step, version)
-        batch = select(scored, config.rewards)
-        sampled = time.monotonic()
-        record: dict[str, float] = {"version_lag": version - min(meta.version for _, meta, _ in scored)}
-        if batch.items:
-            record |= update(run, learner, step, batch.items)
-            version = step + 1
-            rollouts.publish(version, *learner.publish())
-        empty = 0 if batch.items else empty + 1
-        account(run, step + 1, batch)
-        report(run, step + 1, record, batch, sampled - began, time.monotonic() - sampled)
-        if empty >= stage.max_empty_steps:
-            raise RewardError(
-                f"no trainable group in {empty} consecutive steps ({dict(Counter(batch.dropped.values()))}); "
-                f"scores are missing because: {batch.reasons.most_common(1) or 'none is missing'}"
-            )
-        if (step + 1) % stage.pictures_every == 0:
-            path = run.folder / "grpo" / "pictures" / f"step-{step + 1:05d}.png"
-            rewards.wait([rewards.draw_group(path, scored[0][0].pixels)], "a picture")
-            run.tracker.picture("grpo/group", path)
-        if stage.keep_rollouts and (step + 1) % stage.keep_rollouts == 0:
-            path = run.folder / "grpo" / "rollouts" / f"step-{step + 1:05d}.parquet"
-            stored = rewards.store(path, step + 1, [m.name for _, m, _ in scored], [g.pixels for g, _, _ in scored])
-            rewards.wait([stored], "rollouts to be stored")
-        watch.after_step(step + 1)
-        progress.after_step(step + 1, learner.save, {"version": version, "position": (step + 1) * stage.prompts})
+    make_groups = functools.partial(roll_out, run, rollouts, rewards)
+    empty = 0
+    with contextlib.closing(Ahead(learner, rollouts, make_groups, stage.max_staleness, stage.steps)) as ahead:
+        start = progress.resume(ahead.restore)
+        watch.resume(start)
+        ahead.begin(start)
+        for step in watch.until_stopped(range(start, stage.steps)):
+            began = time.monotonic()
+            weights, scored = ahead.next()
+            batch = select(scored, config.rewards)
+            sampled = time.monotonic()
+            record: dict[str, float] = {"version_lag": step - weights.version}
+            if batch.items:
+                record |= update(run, learner, step, batch.items, weights)
+            ahead.publish(step + 1)
+            empty = 0 if batch.items else empty + 1
+            account(run, step + 1, batch, weights.version)
+            report(run, step + 1, record, batch, sampled - began, time.monotonic() - sampled)
+            if empty >= stage.max_empty_steps:
+                raise RewardError(
+                    f"no trainable group in {empty} consecutive steps ({dict(Counter(batch.dropped.values()))}); "
+                    f"scores are missing because: {batch.reasons.most_common(1) or 'none is missing'}"
+                )
+            show(run, rewards, step + 1, scored)
+            watch.after_step(step + 1)
+            progress.after_step(step + 1, ahead.save, {"version": step + 1, "position": (step + 1) * stage.prompts})
+    for name, of_step in in_flight(read_events(run.events.path)).items():  # the watch has ended the stage early
+        run.events.write("group_dropped", stage="grpo", step=of_step, group=name, reason="stopped early")
     progress.finish(watch.hand_on, watch.result())
 
 
-def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, version: int) -> list[Scored]:
+def show(run: Run, rewards: RewardPool, step: int, scored: Sequence[Scored]) -> None:
+    """Draws and stores groups where that is due."""
+    stage = run.config.grpo
+    if step % stage.pictures_every == 0:
+        path = run.folder / "grpo" / "pictures" / f"step-{step:05d}.png"
+        rewards.wait([rewards.draw_group(path, scored[0][0].pixels)], "a picture")
+        run.tracker.picture("grpo/group", path)
+    if stage.keep_rollouts and step % stage.keep_rollouts == 0:
+        path = run.folder / "grpo" / "rollouts" / f"step-{step:05d}.parquet"
+        stored = rewards.store(path, step, [m.name for _, m, _ in scored], [g.pixels for g, _, _ in scored])
+        rewards.wait([stored], "rollouts to be stored")
+
+
+def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, weights: Weights) -> list[Scored]:
     """Samples and scores the groups of a step; with ``resample``, replaces those that cannot be trained on."""
     config, stage = run.config, run.config.grpo
     scored: list[Scored] = []
@@ -95,26 +111,29 @@ def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, ve
         ]
         for request, draw in zip(requests, draws, strict=True):
             run.events.write("group_launched", stage="grpo", step=step + 1, group=request.name, task=draw.task)
-        groups = rollouts.sample(requests, [get_task(draw.task).images for draw in draws])
-        scored += collect(groups, rewards, version, config.cluster.deadline_s)
+        groups = rollouts.sample(requests, [get_task(draw.task).images for draw in draws], weights)
+        scored += collect(groups, rewards, weights.version, config.cluster.deadline_s)
     return scored
 
 
-def update(run: Run, learner: LearnerGroup, step: int, items: list[Item]) -> dict[str, float]:
-    """The optimiser steps on one batch of rollouts; returns their merged records.
+def update(run: Run, learner: LearnerGroup, step: int, items: list[Item], weights: Weights) -> dict[str, float]:
+    """The optimiser steps on one batch of rollouts that ``weights`` sampled; returns their merged records.
 
     Raises:
         NumericsError: the learner and the rollout actors did not compute the same policy before the first of them.
     """
     stage = run.config.grpo
     records: list[dict[str, float]] = []
-    learner.begin_batch()
+    fresh = weights.version == step
+    learner.begin_batch(None if fresh else weights)
     if stage.recompute:
         items, error = learner.recompute(items)
-        check_first_ratio(error, stage.first_ratio_bound, step + 1)
+        if fresh:
+            check_first_ratio(error, stage.first_ratio_bound, step + 1)
     for part in portions(items, stage.minibatches, stage.epochs, (run.config.seed, step)):
-        # Only before the first update does the learner hold the policy that sampled: the ranks check it then.
-        records.append(learner.train(step, part, None if records else stage.first_ratio_bound))
+        # Only before its first update does the learner hold the policy that sampled, and only without staleness: the
+        # ranks check the ratio then.
+        records.append(learner.train(step, part, None if records or not fresh else stage.first_ratio_bound))
     return merge_records(records)
 
 
@@ -146,11 +165,11 @@ def collect(sampled: Iterable[Group], rewards: RewardPool, version: int, deadlin
     Args:
         sampled: groups as they come into being, in any order; what is returned is in the order of their numbers.
         rewards: who scores them.
-        version: the policy version that was published last.
+        version: the policy version that was to sample them.
         deadline_s: longest wait.
 
     Raises:
-        ActorError: a group was sampled by another policy version than the one just published.
+        ActorError: a group was sampled by another policy version.
     """
     scoring = {group.request.group: (group, rewards.score(group)) for group in sampled}
     groups, scores = zip(*(scoring[number] for number in sorted(scoring)), strict=True)
@@ -176,6 +195,8 @@ class TrainingBatch:
     """Standard deviation of the trained advantages."""
     reasons: Counter[str]
     """Why scores are missing, and how often."""
+    sampling_s: float
+    """Seconds of all rollout actors together."""
 
 
 def select(scored: Sequence[Scored], config: RewardConfig) -> TrainingBatch:
@@ -209,7 +230,8 @@ def select(scored: Sequence[Scored], config: RewardConfig) -> TrainingBatch:
     means = {key: float(np.mean(entries)) for key, entries in values.items()}
     spread = float(np.mean(spreads)) if spreads else 0.0
     advantage_spread = float(np.nanstd(np.concatenate([item.extra for item in items]))) if items else 0.0
-    return TrainingBatch(items, trained, dropped, means, spread, advantage_spread, reasons)
+    seconds = sum(meta.seconds for _, meta, _ in scored)
+    return TrainingBatch(items, trained, dropped, means, spread, advantage_spread, reasons, seconds)
 
 
 def check_first_ratio(error: float, bound: float, step: int) -> None:
@@ -222,10 +244,10 @@ def check_first_ratio(error: float, bound: float, step: int) -> None:
         raise NumericsError(f"step {step}: {first_ratio_message(error, bound)}")
 
 
-def account(run: Run, step: int, batch: TrainingBatch) -> None:
-    """Writes what became of every group."""
+def account(run: Run, step: int, batch: TrainingBatch, sampled_by: int) -> None:
+    """Writes what became of every group, which version sampled it and which one it made."""
     for name in batch.trained:
-        run.events.write("group_trained", stage="grpo", step=step, group=name, version=step)
+        run.events.write("group_trained", stage="grpo", step=step, group=name, version=step, sampled_by=sampled_by)
     for name, reason in batch.dropped.items():
         run.events.write("group_dropped", stage="grpo", step=step, group=name, reason=reason)
 
@@ -233,8 +255,15 @@ def account(run: Run, step: int, batch: TrainingBatch) -> None:
 def report(
     run: Run, step: int, record: dict[str, float], batch: TrainingBatch, sample_s: float, train_s: float
 ) -> None:
-    """One line, one event and one wandb row per step."""
+    """One line, one event and one wandb row per step.
+
+    ``sample_s`` are the seconds that the loop waited for the step's groups. ``idle_learner`` is their share of the
+    step, ``idle_rollout`` the share in which the average rollout actor did not sample.
+    """
     dropped = Counter(batch.dropped.values())
+    seconds = max(sample_s + train_s, 1e-9)
+    idle_learner = sample_s / seconds
+    idle_rollout = max(0.0, 1 - batch.sampling_s / run.config.cluster.rollout.actors / seconds)
     values: dict[str, Any] = (
         record
         | batch.rewards
@@ -246,6 +275,8 @@ def report(
             "missing_because": dict(batch.reasons.most_common(5)),
             "sample_s": round(sample_s, 3),
             "train_s": round(train_s, 3),
+            "idle_learner": round(idle_learner, 3),
+            "idle_rollout": round(idle_rollout, 3),
             **{f"dropped/{reason}": count for reason, count in dropped.items()},
         }
     )
@@ -262,4 +293,5 @@ def report(
     line += f"groups {len(batch.trained)}" + (f" dropped {dict(dropped)}" if dropped else "")
     for reason in list(batch.reasons)[:1]:
         log.warning("step %d: %d scores are missing, for example because %s", step, batch.reasons.total(), reason)
-    run.record("grpo", step, run.config.grpo.steps, f"{line}  {sample_s:.1f}+{train_s:.1f} s", values)
+    line += f"  {sample_s:.1f}+{train_s:.1f} s  idle learner {idle_learner:.0%} rollout {idle_rollout:.0%}"
+    run.record("grpo", step, run.config.grpo.steps, line, values)

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,13 @@ def pack(state: Mapping[str, torch.Tensor]) -> tuple[tuple[Entry, ...], np.ndarr
     return tuple(index), buffer
 
 
+def unpack(index: tuple[Entry, ...], buffer: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
+    """Copies of the tensors that :func:`pack` took, one after the other, with their names."""
+    for entry in index:
+        raw = torch.tensor(buffer[entry.offset : entry.offset + entry.nbytes])
+        yield entry.name, raw.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+
 def load_packed(module: torch.nn.Module, index: tuple[Entry, ...], buffer: np.ndarray) -> str:
     """Writes packed weights into ``module`` (all of it, or its adapter) and returns the digest of what it now holds.
 
@@ -59,10 +66,8 @@ def load_packed(module: torch.nn.Module, index: tuple[Entry, ...], buffer: np.nd
         if tuple(state[entry.name].shape) != entry.shape:
             raise CheckpointError(f"published {entry.name} is {entry.shape}, not {tuple(state[entry.name].shape)}")
     with torch.no_grad():
-        for entry in index:
-            raw = torch.tensor(buffer[entry.offset : entry.offset + entry.nbytes])
-            tensor = raw.view(getattr(torch, entry.dtype)).view(entry.shape)
-            state[entry.name].copy_(tensor)
+        for name, tensor in unpack(index, buffer):
+            state[name].copy_(tensor)
     return digest(state)
 
 

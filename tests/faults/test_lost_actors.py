@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from actors.crew import Crew
 from actors.learner import LearnerGroup
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool
-from common.errors import ActorError
+from actors.waiting import Abandoned, in_background
+from common.errors import ActorError, DeadlineError
 from common.events import group_balance, read_events
 from pipeline.config import RunConfig, load_config
 from pipeline.grpo import run_grpo
@@ -62,14 +64,11 @@ def heard() -> Heard:
 def crew(heard) -> Iterator[Any]:
     made: list[Crew] = []
 
-    def start(count: int = 2, replacements: int = 3, deliver: str | None = "one") -> Crew:
+    def start(count: int = 2, replacements: int = 3) -> Crew:
         actor = ray.remote(num_cpus=0.1)(Worker)
-        settings = {"replacements": replacements, "deadline_s": 240.0, "weights": True, "notify": heard}
-        crew = Crew("rollout", actor.remote, count, **settings)
+        crew = Crew("rollout", actor.remote, count, replacements=replacements, deadline_s=240.0, notify=heard)
         made.append(crew)
         crew.begin()
-        if deliver:
-            load(crew, deliver)
         return crew
 
     yield start
@@ -78,16 +77,8 @@ def crew(heard) -> Iterator[Any]:
             ray.kill(actor)
 
 
-def load(crew: Crew, weights: str) -> None:
-    def check(number: int, answer: str) -> None:
-        assert answer == weights
-
-    crew.deliver(lambda actor: actor.load.remote(weights), check, "weights")
-
-
 def test_work_of_a_killed_actor_is_done_by_another_and_finished_work_is_kept(crew, heard):
     crew = crew()
-    load(crew, "two")
     victim = pid_of(crew.actors[0])
     quick = crew.ask(lambda a: a.work.remote(0, 1), number=0)
     slow = [crew.ask(lambda a: a.work.remote(3, 2), number=0), crew.ask(lambda a: a.work.remote(3, 3), number=1)]
@@ -101,53 +92,61 @@ def test_work_of_a_killed_actor_is_done_by_another_and_finished_work_is_kept(cre
     )
     first, *others = crew.wait([quick, *slow], "work")
     assert lost_at[0] - killed[0] < 1
-    assert first == (1, "two", victim)
-    assert [(value, weights) for value, weights, _ in others] == [(2, "two"), (3, "two")]
-    assert victim not in {pid for _, _, pid in others}
-    load(crew, "three")  # waits for the replacement, should the others have been quicker
+    assert first == (1, victim)
+    assert [value for value, _ in others] == [2, 3]
+    assert victim not in {pid for _, pid in others}
+    crew.begin()  # waits for the replacement, should the others have been quicker
     assert heard.names() == ["actor_lost", "actor_replaced"]
     assert heard.events[0][1]["role"] == "rollout"
     assert str(victim) in heard.events[0][1]["cause"]
     answers = crew.wait([crew.ask(lambda a: a.work.remote(0, 4), number=k) for k in range(2)], "work")
-    assert {weights for _, weights, _ in answers} == {"three"}
-    assert len({pid for *_, pid in answers} - {victim}) == 2
+    assert len({pid for _, pid in answers} - {victim}) == 2
 
 
-def test_a_replacement_loads_the_current_weights_before_it_works(crew):
-    alone = crew(count=1)
-    load(alone, "two")
-    os.kill(pid_of(alone.actors[0]), signal.SIGKILL)
-    ((value, weights, _),) = alone.wait([alone.ask(lambda a: a.work.remote(0, 7))], "work")
-    assert (value, weights) == (7, "two")
-
-
-def test_a_replacement_that_holds_other_weights_does_not_get_to_work(crew):
-    crew = crew()
-    loads = iter(["two", "two", "other"])
-
-    def check(number: int, answer: str) -> None:
-        if answer != "two":
-            raise ActorError(f"rollout actor {number} holds {answer!r}")
-
-    crew.deliver(lambda actor: actor.load.remote(next(loads)), check, "weights")
-    os.kill(pid_of(crew.actors[1]), signal.SIGKILL)
-    with pytest.raises(ActorError, match="rollout actor 1 holds 'other'"):
-        crew.wait([crew.ask(lambda a: a.work.remote(3, 4), number=k % 2) for k in range(12)], "work")
-
-
-def test_an_actor_killed_while_idle_is_replaced_when_new_weights_are_delivered(crew, heard):
+def test_an_actor_killed_while_idle_is_replaced_when_it_is_needed(crew, heard):
     crew = crew()
     os.kill(pid_of(crew.actors[1]), signal.SIGKILL)
-    load(crew, "two")
     answers = crew.wait([crew.ask(lambda a: a.work.remote(0, 4), number=k) for k in range(2)], "work")
-    assert [weights for _, weights, _ in answers] == ["two", "two"]
+    assert [value for value, _ in answers] == [4, 4]
+    crew.begin()
     assert heard.names() == ["actor_lost", "actor_replaced"]
 
 
-def test_nobody_works_before_weights_were_delivered(crew):
-    empty = crew(deliver=None)
-    with pytest.raises(ActorError, match="before they had received weights"):
-        empty.ask(lambda a: a.work.remote(0, 1))
+def test_several_threads_work_with_one_crew_and_a_loss_is_heard_once(crew, heard):
+    crew = crew()
+    victim = pid_of(crew.actors[0])
+    unwanted = threading.Event()
+
+    def wait_for(value: int) -> list[Any]:
+        works = [crew.ask(lambda a: a.work.remote(0.5, value), number=k) for k in range(2)]
+        return [got for got, _ in crew.wait(works, f"work {value}")]
+
+    waiting = [in_background(partial(wait_for, value), f"step {value}", unwanted) for value in range(4)]
+    os.kill(victim, signal.SIGKILL)
+    assert [future.result(timeout=200) for future in waiting] == [[value] * 2 for value in range(4)]
+    crew.begin()
+    assert heard.names() == ["actor_lost", "actor_replaced"]
+
+
+def test_a_wait_that_nobody_wants_any_more_ends_within_a_second(crew):
+    crew, unwanted = crew(count=1), threading.Event()
+    works = [crew.ask(lambda a: a.work.remote(3, 0))]
+    waiting = in_background(lambda: crew.wait(works, "work"), "work", unwanted)
+    began = time.monotonic()
+    unwanted.set()
+    with pytest.raises(Abandoned):
+        waiting.result(timeout=60)
+    assert time.monotonic() - began < 1
+    assert crew.wait([crew.ask(lambda a: a.work.remote(0, 1))], "work")[0][0] == 1
+
+
+def test_only_silence_of_the_whole_role_counts_towards_a_deadline(crew):
+    crew = crew(count=1)
+    crew._deadline = 4.0
+    works = [crew.ask(lambda a: a.work.remote(1, 0)) for _ in range(6)]
+    assert len(crew.wait(works, "work")) == 6
+    with pytest.raises(DeadlineError, match="work: 1 of 1 still missing after 4 s"):
+        crew.wait([crew.ask(lambda a: a.work.remote(30, 0))], "work")
 
 
 def test_work_that_kills_whoever_does_it_stops_the_run_with_role_and_first_cause(crew, heard):
@@ -241,10 +240,10 @@ def test_a_run_whose_rollout_and_reward_actors_are_killed_at_work_ends_bit_equal
     def disturb(patch: pytest.MonkeyPatch, rollouts: RolloutPool, rewards: RewardPool) -> None:
         sample, score = rollouts.sample, rewards.score
 
-        def sample_and_kill(requests, costs):
+        def sample_and_kill(requests, costs, weights):
             victim = rollouts.crew.actors[0]
             pid = pid_of(victim)
-            groups = sample(requests, costs)
+            groups = sample(requests, costs, weights)
             if requests[0].step == 2:
                 killer.at_work(victim, pid, "sample")
             return groups

@@ -5,18 +5,11 @@ import time
 
 
 class Worker:
-    """An actor that holds weights and says with which it worked."""
+    """An actor that says who did its work."""
 
-    def __init__(self) -> None:
-        self.weights = ""
-
-    def load(self, weights: str) -> str:
-        self.weights = weights
-        return weights
-
-    def work(self, seconds: float, value: int) -> tuple[int, str, int]:
+    def work(self, seconds: float, value: int) -> tuple[int, int]:
         time.sleep(seconds)
-        return value, self.weights, os.getpid()
+        return value, os.getpid()
 
     def die(self) -> None:
         os._exit(1)

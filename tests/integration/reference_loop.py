@@ -1,6 +1,8 @@
 """The GRPO stage without Ray, DeepSpeed, actors or stages, read from top to bottom: what the real one must equal."""
 
 import time
+from collections import deque
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +46,7 @@ def reference_loop(config: RunConfig) -> Outcome:
     sampler = TaskSampler(data.task_positions, stage.tasks, seed_for(seed, "stream", "grpo"))
     scorers = [build(term.source, term.params) for term in rewards.terms]
     out = Outcome({name: p.detach().clone() for name, p in trained.items()})
+    policies = deque([deepcopy(model)], maxlen=stage.max_staleness + 1)
     for step in range(stage.steps):
         batch, began = [], time.perf_counter()
         for number in range(stage.prompts):
@@ -63,7 +66,7 @@ def reference_loop(config: RunConfig) -> Outcome:
             def drawn(k: int, noise: dict[str, torch.Tensor] = noise) -> torch.Tensor:
                 return noise[f"step {k}"]
 
-            made = denoise(model, condition, noise["initial"], sigmas, window, stage.kernel, drawn)
+            made = denoise(policies[0], condition, noise["initial"], sigmas, window, stage.kernel, drawn)
             layers = torch.stack([codec.decode(member) for member in made.latents_BMCHW])
             shown = RewardBatch(
                 record.task, record.prompt, task.targets, layers, sample.targets_LCHW, tuple(sample.inputs), task.inputs
@@ -97,6 +100,7 @@ def reference_loop(config: RunConfig) -> Outcome:
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), stage.optimiser.clip_norm)
                 out.norms.append(float(norm))
                 optimiser.step()
+        policies.append(deepcopy(model))
         out.seconds.append(time.perf_counter() - began)
     out.after = {name: p.detach().clone() for name, p in trained.items()}
     return out

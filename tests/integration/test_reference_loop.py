@@ -32,6 +32,8 @@ VARIANTS = {
     "full": [],
     "lora": ["grpo.lora={rank: 4}"],
     "updates": ["grpo.minibatches=2", "grpo.epochs=2", "grpo.objective.clip_range=0.01"],
+    "lag 1": ["grpo.max_staleness=1", "grpo.objective.clip_range=0.01"],
+    "lag 2": ["grpo.max_staleness=2", "grpo.minibatches=2", "grpo.objective.clip_range=0.01"],
     "cps": ["grpo.kernel={name: cps, eta: 0.8}", "grpo.share_noise=true"],
 }
 
@@ -90,11 +92,12 @@ def real_loop(bench: Bench, config: RunConfig, variant: str, ranks: int, rollout
     if kind not in bench.rollouts:
         bench.rollouts[kind] = RolloutPool(ClusterConfig(rollout=RoleConfig(actors=rollouts, cpus=0.1)), setup)
     pool = bench.rollouts[kind]
-    groups: list[Any] = []
+    groups: dict[tuple[int, int], Any] = {}
 
     def watched(sampled, *rest):
-        made = sorted(sampled, key=lambda group: group.request.group)
-        groups.extend(ray.get(group.trajectory).clean_GMCHW for group in made)
+        made = list(sampled)
+        for group in made:
+            groups[group.request.step, group.request.group] = ray.get(group.trajectory).clean_GMCHW
         return collect(made, *rest)
 
     collect = pipeline.grpo.collect
@@ -110,7 +113,7 @@ def real_loop(bench: Bench, config: RunConfig, variant: str, ranks: int, rollout
     after = {name: value for name, value in final.state_dict().items() if name in before}
     steps = [e for e in read_events(run.folder / "events.jsonl") if e["event"] == "step"]
     norms = [step["max_grad_norm"] for step in steps]
-    return Outcome(before, after, [torch.tensor(group) for group in groups], norms)
+    return Outcome(before, after, [torch.tensor(groups[key]) for key in sorted(groups)], norms)
 
 
 def assert_equal(real: Outcome, expected: Outcome) -> None:
@@ -137,6 +140,9 @@ def assert_equal(real: Outcome, expected: Outcome) -> None:
         ("lora", 2, 1, 3),
         ("updates", 2, 3, 1),
         ("cps", 2, 1, 1),
+        ("lag 1", 1, 1, 1),
+        ("lag 1", 2, 3, 3),
+        ("lag 2", 2, 3, 1),
     ],
 )
 def test_the_real_loop_equals_the_reference_loop(bench, reference, tmp_path, variant, ranks, rollouts, stage):
@@ -165,7 +171,7 @@ def keep_stale_weights(patch: pytest.MonkeyPatch) -> None:
 
     def stale(self, version, *weights):
         first.append(weights)
-        publish(self, version, *first[0])
+        return publish(self, version, *first[0])
 
     train = LearnerGroup.train
     patch.setattr(RolloutPool, "publish", stale)
@@ -192,6 +198,7 @@ def scale_twice(patch: pytest.MonkeyPatch) -> None:
         ("lora", 1, 1, 1),
         ("updates", 2, 3, 1),
         ("cps", 2, 1, 1),
+        ("lag 1", 2, 3, 1),
     ],
 )
 def test_a_broken_loop_does_not(bench, reference, tmp_path, monkeypatch, breakage, variant, ranks, rollouts, stage):

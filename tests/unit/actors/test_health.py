@@ -23,49 +23,32 @@ def serving(clock: Clock, count: int = 2, replacements: int = 3) -> Health:
     health = Health("rollout", count, replacements, clock)
     for number in range(count):
         health.started(number)
-        health.loaded(number)
     return health
 
 
-def test_an_actor_that_has_started_does_not_serve_before_it_holds_weights(clock):
-    health = Health("rollout", 1, 3, clock)
-    health.started(0)
-    assert health.having(State.SERVING) == []
-    health.loaded(0)
-    assert health.having(State.SERVING) == [0]
-
-
-def test_a_replacement_serves_only_by_way_of_the_current_weights(clock):
+def test_a_lost_actor_serves_again_only_by_way_of_a_new_start(clock):
     health = serving(clock)
     health.lost(0, "killed")
+    with pytest.raises(ValueError, match="rollout actor 0 is lost: it cannot be serving"):
+        health.started(0)
     health.restarting(0)
-    with pytest.raises(ValueError, match="rollout actor 0 is starting: it cannot be serving"):
-        health.loaded(0)
-    health.started(0)
     assert health.having(State.SERVING) == [1]
-    health.loaded(0)
+    health.started(0)
     assert health.having(State.SERVING) == [0, 1]
 
 
-def test_newer_weights_make_everybody_stale_and_leave_the_lost_lost(clock):
-    health = serving(clock, 3)
-    health.lost(2, "killed")
-    health.outdated()
-    assert [health.state(number) for number in range(3)] == [State.STALE, State.STALE, State.LOST]
-
-
-def test_nothing_but_a_load_leads_to_serving(clock):
-    moves = ("started", "restarting", "lost", "outdated", "loaded")
+def test_nothing_but_a_start_leads_to_serving(clock):
+    moves = ("started", "restarting", "lost")
     for path in itertools.product(moves, repeat=4):
         health = Health("rollout", 1, 9, clock)
         before = health.state(0)
         for move in path:
             try:
-                getattr(health, move)(*{"outdated": (), "lost": (0, "x")}.get(move, (0,)))
+                getattr(health, move)(*{"lost": (0, "x")}.get(move, (0,)))
             except ValueError:
                 continue
             if health.state(0) is State.SERVING and before is not State.SERVING:
-                assert (move, before) == ("loaded", State.STALE)
+                assert (move, before) == ("started", State.STARTING)
             before = health.state(0)
 
 
@@ -89,7 +72,6 @@ def test_an_answer_from_anyone_starts_the_count_anew(clock):
         assert health.given_up is None
         health.restarting(0)
         health.started(0)
-        health.loaded(0)
         health.answered()
 
 

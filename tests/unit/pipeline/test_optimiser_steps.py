@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.learner import Item
+from actors.rollout import Weights
 from common.errors import NumericsError
 from common.events import read_events
 from pipeline.config import load_config
@@ -114,8 +115,8 @@ class Recorder:
         self.bounds: list[float | None] = []
         self._errors, self._recomputed = iter(errors), recomputed
 
-    def begin_batch(self) -> None:
-        self.calls.append(("begin",))
+    def begin_batch(self, sampled_by: Weights | None) -> None:
+        self.calls.append(("begin", *([sampled_by.version] if sampled_by else [])))
 
     def recompute(self, batch: list[Item]) -> tuple[list[Item], float]:
         self.calls.append(("recompute", *(item.payload for item in batch)))
@@ -131,13 +132,17 @@ class Recorder:
         return [call[0] for call in self.calls]
 
 
+def version(number: int) -> Weights:
+    return Weights(number, "digest", "index", "buffer")
+
+
 def run_with(*overrides: str) -> SimpleNamespace:
     return SimpleNamespace(config=load_config("tiny", overrides))
 
 
 def test_a_batch_begins_once_and_every_group_is_trained_on_in_every_epoch():
     learner = Recorder(0.0, 0.1, 0.2, 0.3)
-    record = update(run_with("grpo.minibatches=2", "grpo.epochs=2"), learner, 5, items(4))
+    record = update(run_with("grpo.minibatches=2", "grpo.epochs=2"), learner, 5, items(4), version(5))
     assert learner.names() == ["begin", "train", "train", "train", "train"]
     assert {call[1] for call in learner.calls[1:]} == {5}
     counts = Counter(payload for call in learner.calls[1:] for payload in call[2:])
@@ -147,14 +152,26 @@ def test_a_batch_begins_once_and_every_group_is_trained_on_in_every_epoch():
 
 def test_only_the_first_update_must_find_the_policy_that_sampled():
     learner = Recorder(1e-9, 0.4, 0.3)
-    record = update(run_with("grpo.minibatches=3", "grpo.first_ratio_bound=1e-2"), learner, 0, items(3))
+    record = update(run_with("grpo.minibatches=3", "grpo.first_ratio_bound=1e-2"), learner, 0, items(3), version(0))
     assert learner.bounds == [1e-2, None, None]
     assert (record["first_ratio_error"], record["max_ratio_error"]) == (1e-9, 0.4)
 
 
+def test_of_groups_that_an_older_version_sampled_no_first_ratio_is_asked_for_and_the_program_hears_who_it_was():
+    learner = Recorder(0.3, 0.4)
+    record = update(run_with("grpo.epochs=2", "grpo.max_staleness=2"), learner, 5, items(2), version(3))
+    assert learner.bounds == [None, None]
+    assert learner.calls[0] == ("begin", 3)
+    assert record["first_ratio_error"] == 0.3
+    learner = Recorder(0.0, recomputed=0.3)
+    options = ["grpo.max_staleness=1", "grpo.objective.old_log_probs=recomputed"]
+    update(run_with(*options), learner, 5, items(2), version(4))
+    assert learner.names() == ["begin", "recompute", "train"]
+
+
 def test_recomputed_log_probabilities_come_before_the_first_update_which_trains_on_them():
     learner = Recorder(0.0, 0.2)
-    update(run_with("grpo.objective.old_log_probs=recomputed", "grpo.epochs=2"), learner, 0, items(2))
+    update(run_with("grpo.objective.old_log_probs=recomputed", "grpo.epochs=2"), learner, 0, items(2), version(0))
     assert learner.calls[:2] == [("begin",), ("recompute", "trajectory 0", "trajectory 1")]
     for call in learner.calls[2:]:
         assert sorted(call[2:]) == ["fresh trajectory 0", "fresh trajectory 1"]
@@ -165,14 +182,14 @@ def test_recomputed_log_probabilities_come_before_the_first_update_which_trains_
 def test_recomputed_log_probabilities_that_differ_from_the_delivered_ones_stop_before_any_update(error):
     learner = Recorder(0.0, recomputed=error)
     with pytest.raises(NumericsError, match="step 1: the first ratio"):
-        update(run_with("grpo.objective.old_log_probs=recomputed"), learner, 0, items(2))
+        update(run_with("grpo.objective.old_log_probs=recomputed"), learner, 0, items(2), version(0))
     assert learner.names() == ["begin", "recompute"]
 
 
 def test_an_objective_without_ratios_is_trained_without_a_ratio_check():
     learner = Recorder(None, None)
     run = run_with("grpo.algorithm=nft", "grpo.epochs=2", "grpo.objective.old_log_probs=recomputed")
-    assert update(run, learner, 0, items(2)) == {"loss": 1.0, "updates": 2}
+    assert update(run, learner, 0, items(2), version(0)) == {"loss": 1.0, "updates": 2}
     assert learner.names() == ["begin", "train", "train"]
 
 
@@ -185,7 +202,7 @@ FORWARD_PROCESS = {"version_lag": 0, "lr": 1e-4, "loss": 0.1, "drift": 0.0, "kl"
 
 @pytest.mark.parametrize("record", [POLICY_GRADIENT, FORWARD_PROCESS, {"version_lag": 0}])
 def test_the_event_of_a_step_holds_its_record_means_and_spreads_whatever_the_objective(tmp_path, record):
-    run = Run(load_config("tiny", [f"run_dir={tmp_path}", "tracking.wandb=disabled"]))
+    run = Run(load_config("tiny", [f"run_dir={tmp_path}", "tracking.wandb=disabled", "cluster.rollout.actors=2"]))
     batch = TrainingBatch(
         items=[],
         trained=["3.0", "3.1"],
@@ -194,6 +211,7 @@ def test_the_event_of_a_step_holds_its_record_means_and_spreads_whatever_the_obj
         spread=0.11,
         advantage_spread=0.97,
         reasons=Counter({"layer: too dark": 2}),
+        sampling_s=1.2,
     )
     report(run, 3, record, batch, 1.0, 2.0)
     run.close()
@@ -201,6 +219,6 @@ def test_the_event_of_a_step_holds_its_record_means_and_spreads_whatever_the_obj
     expected = record | batch.rewards | {
         "stage": "grpo", "step": 3, "groups": 2, "reward_spread": 0.11, "advantage_spread": 0.97,
         "missing_scores": 2, "missing_because": {"layer: too dark": 2}, "dropped/zero_variance": 1,
-        "sample_s": 1.0, "train_s": 2.0,
+        "sample_s": 1.0, "train_s": 2.0, "idle_learner": 0.333, "idle_rollout": 0.8,
     }  # fmt: skip
     assert {key: event[key] for key in expected} == expected

@@ -9,7 +9,7 @@ import pytest
 
 import pipeline.grpo
 import pipeline.train
-from actors.rollout import Group
+from actors.rollout import Group, Weights
 from common.events import group_balance, read_events
 from data.sampler import TaskSampler
 from data.seeding import seed_for
@@ -33,7 +33,7 @@ class Rollouts:
 
     calls: list[list[GroupRequest]] = field(default_factory=list)
 
-    def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float]) -> list[Group]:
+    def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float], weights: Weights) -> list[Group]:
         assert len(costs) == len(requests)
         assert min(costs) >= 1
         self.calls.append(list(requests))
@@ -58,7 +58,7 @@ class Driver:
         return scored
 
     def roll_out(self, step: int) -> list[Scored]:
-        return roll_out(self.run, self.rollouts, None, step, version=step)
+        return roll_out(self.run, self.rollouts, None, step, Weights(step, "digest", "index", "buffer"))
 
 
 Start = Callable[..., Driver]
@@ -176,7 +176,7 @@ def test_every_launched_group_is_in_the_event_log_and_ends_trained_or_dropped(st
     driver = start({"1.0", "1.3", "2.1"}.__contains__)
     for step in range(2):
         scored = driver.roll_out(step)
-        account(driver.run, step + 1, select(scored, driver.run.config.rewards))
+        account(driver.run, step + 1, select(scored, driver.run.config.rewards), step)
     events = read_events(driver.run.events.path)
     launched = [event for event in events if event["event"] == "group_launched"]
     requested = [request for call in driver.rollouts.calls for request in call]

@@ -297,3 +297,20 @@ def test_a_starting_policy_is_found_from_any_working_directory_and_makes_another
 )
 def test_what_changes_the_training_makes_another_run(override):
     assert load_config("tiny", [override]).identity_hash() != load_config("tiny").identity_hash()
+
+
+def test_a_run_without_staleness_is_what_it_was_before_there_was_any_and_its_bound_belongs_to_the_run():
+    assert "max_staleness" not in load_config("tiny").identity()["grpo"]
+    hashes = {load_config("tiny", [f"grpo.max_staleness={lag}"]).identity_hash() for lag in range(3)}
+    assert len(hashes) == 3
+
+
+def test_recomputed_log_probabilities_are_doubtful_with_staleness_and_so_is_a_clip_range_that_now_acts():
+    def doubts(*overrides: str) -> list[str]:
+        return load_config("tiny", [f"grpo.{override}" for override in overrides]).grpo.doubts()
+
+    assert doubts("objective.clip_range=0.2") == []
+    [clip] = doubts("objective.clip_range=0.2", "max_staleness=1")
+    assert "clip_range 0.2 is outside" in clip
+    [recomputed] = doubts("objective.old_log_probs=recomputed", "max_staleness=1")
+    assert "nothing corrects for it" in recomputed
