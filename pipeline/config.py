@@ -31,6 +31,7 @@ from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
 from rewards.combine import RewardConfig, TermConfig, active_terms
 from rewards.gaming import WatchConfig, applies, optimised, watched
+from rewards.judge.training import JudgeConfig
 from rewards.metrics import HIGHER_IS_BETTER
 
 
@@ -113,6 +114,13 @@ class SftStageConfig(BatchedConfig):
             )
         _check_lora(self.lora)
         return self
+
+
+class JudgeStageConfig(BatchedConfig):
+    """A judge, trained by ``omnialpha judge train`` alone: no run needs to train its own."""
+
+    objective: JudgeConfig = JudgeConfig()
+    """The judge and what it is asked."""
 
 
 class ContinuedConfig(StrictConfig):
@@ -298,6 +306,8 @@ class RunConfig(StrictConfig):
     """Control beside stage 3; None leaves it out, and so does ``grpo.start``, with which there is no stage 2."""
     grpo: GrpoStageConfig
     """Stage 3."""
+    judge: JudgeStageConfig | None = None
+    """A judge to train, with ``omnialpha judge train`` only."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Stage 4."""
     rewards: RewardConfig
@@ -381,6 +391,7 @@ class RunConfig(StrictConfig):
         exclude: dict[str, Any] = {"data": {"workers"}, "rgb": cadence, "vae": cadence, "sft": cadence, "grpo": grpo}
         # What is not used is left out: runs that were begun before it existed can be resumed.
         exclude |= {"continued": cadence if self.control else True}
+        exclude |= {"judge": cadence if self.judge else True}
         exclude |= {} if self.evaluate.primary else {"evaluate": {"primary"}}
         values = self.model_dump(mode="json", exclude=exclude | dict.fromkeys(outside, True))
         for term in values["rewards"]["terms"]:
@@ -427,8 +438,14 @@ def _anchored(config: RunConfig) -> RunConfig:
             "sft": config.sft.model_copy(update={"start": _policy(config.sft.start)}),
             "grpo": config.grpo.model_copy(update={"start": _policy(config.grpo.start)}),
             "rewards": config.rewards.model_copy(update={"terms": tuple(map(_anchored_term, config.rewards.terms))}),
+            "judge": config.judge and _anchored_judge(config.judge),
         }
     )
+
+
+def _anchored_judge(judge: JudgeStageConfig) -> JudgeStageConfig:
+    objective = judge.objective.model_copy(update={"model": _absolute(judge.objective.model)})
+    return judge.model_copy(update={"objective": objective})
 
 
 def _anchored_term(term: TermConfig) -> TermConfig:
