@@ -37,7 +37,9 @@ class _Scene:
 
 
 def _blurred_alpha(scene: _Scene, grade: int) -> np.ndarray:
-    return _with_alpha(scene, ndimage.gaussian_filter(scene.layer_HW4[..., 3], scene.unit * (0, 0.9, 1.8, 3.2, 5.5)[grade]))
+    return _with_alpha(
+        scene, ndimage.gaussian_filter(scene.layer_HW4[..., 3], scene.unit * (0, 0.9, 1.8, 3.2, 5.5)[grade])
+    )
 
 
 def _holed_alpha(scene: _Scene, grade: int) -> np.ndarray:

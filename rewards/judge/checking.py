@@ -108,7 +108,9 @@ def check_judge(
 
 def _even(dataset: RecordDataset, task: str, count: int) -> list[int]:
     places = dataset.positions(task)
-    return [int(k) for k in places[np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))]]
+    return [
+        int(k) for k in places[np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))]
+    ]
 
 
 def _check_record(

@@ -1,4 +1,4 @@
-"""Training questions with known answers, drawn from degraded records of a split: pure functions of seed and position."""
+"""Training questions with known answers about degraded records of a split: pure functions of record and seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from data.seeding import seed_for
 from data.tasks import get_task
 from rewards.base import RewardBatch
 from rewards.judge.asking import Question
-from rewards.judge.pictures import pictures
+from rewards.judge.protocols import question
 from rewards.judge.templates import ProtocolName, Templates
 
 
@@ -26,6 +26,8 @@ class Example:
     question: Question
     target: tuple[float, ...]
     """Probability of each label."""
+    errors_G2HW: Tensor
+    """Where each candidate is wrong: :func:`errors_G2HW`."""
 
 
 @dataclass(frozen=True)
@@ -98,45 +100,59 @@ def grid_target(grades: Sequence[int]) -> tuple[float, ...]:
     return tuple((shares / shares.sum()).tolist())
 
 
-def draw_example(
+def errors_G2HW(batch: RewardBatch) -> Tensor:
+    """Absolute error of premultiplied colour (mean of three) and of alpha, summed over the layers, for each pixel."""
+    assert batch.targets_LCHW is not None
+    shown, true = (
+        torch.cat([layers[..., :3, :, :] * layers[..., 3:, :, :], layers[..., 3:, :, :]], dim=-3)
+        for layers in (batch.layers_GLCHW, batch.targets_LCHW)
+    )
+    error_G4HW = (shown - true).abs().sum(dim=1)
+    return torch.stack([error_G4HW[:, :3].mean(dim=1), error_G4HW[:, 3]], dim=1).clamp(max=1)
+
+
+def draw_examples(
     examples: Examples, templates: Templates, protocol: ProtocolName, index: int, seed: int, group: int = 4
-) -> Example:
-    """One question about a record with its answer.
+) -> list[Example]:
+    """Questions about one record with their answers: ``group`` ratings, or one comparison, or one grid.
+
+    Ratings share kind and seed of their degradation, and half of the comparisons do, so that what differs is the grade;
+    ratings of a wrong object share their pixels.
 
     Args:
         index: the record.
         seed: all that is drawn follows from it.
-        group: candidates of a grid.
+        group: ratings, or candidates of a grid; at most one more than :data:`data.degradations.GRADES`.
     """
     rng = _rng(seed, "example")
     task = examples.data.cheap(index).task
     visual = [kind for kind in kinds_for(task) if kind != WRONG_OBJECT]
-    own = _own_seed(rng)
+    kind, own = visual[int(rng.integers(len(visual)))], _own_seed(rng)
 
-    def spoilt(grade: int) -> Spoilt:
+    def other(grade: int) -> Spoilt:
         return Spoilt(visual[int(rng.integers(len(visual)))], grade, _own_seed(rng))
 
     if protocol == "pointwise":
         if WRONG_OBJECT in kinds_for(task) and rng.random() < WRONG_SHARE:
-            candidates = [Spoilt(WRONG_OBJECT, GRADES, own)]
-        else:
-            candidates = [spoilt(int(rng.integers(GRADES + 1)))]
-        target = pointwise_target(candidates[0].grade, len(templates.protocols.pointwise.labels))
-        labels = templates.protocols.pointwise.labels
-    elif protocol == "pairwise":
-        candidates = [spoilt(int(rng.integers(GRADES + 1))) for _ in range(2)]
-        target, labels = pairwise_target(*(c.grade for c in candidates)), templates.protocols.pairwise.labels
-    else:
-        candidates = [spoilt(int(rng.integers(GRADES + 1))) for _ in range(group)]
-        target, labels = grid_target([c.grade for c in candidates]), templates.protocols.grid.labels[:group]
-    batch = examples.group(index, candidates, own)
-    shown = pictures(templates, batch, range(len(candidates)), lettered=protocol != "pointwise")
-    text = templates.text(protocol, task, batch.prompt, labels)
-    return Example(Question(text, tuple(shown), labels), target)
+            right, wrong = (examples.group(index, [Spoilt(WRONG_OBJECT, grade, own)], own) for grade in (0, GRADES))
+            return [_rating(templates, right, 0, 0), _rating(templates, wrong, 0, GRADES)]
+        grades = [int(grade) for grade in rng.permutation(GRADES + 1)[:group]]
+        batch = examples.group(index, [Spoilt(kind, grade, own) for grade in grades], own)
+        return [_rating(templates, batch, member, grade) for member, grade in enumerate(grades)]
+    count, alike = (2, rng.random() < 0.5) if protocol == "pairwise" else (group, False)
+    grades = [int(grade) for grade in rng.integers(GRADES + 1, size=count)]
+    batch = examples.group(index, [Spoilt(kind, g, own) if alike else other(g) for g in grades], own)
+    target = pairwise_target(*grades) if protocol == "pairwise" else grid_target(grades)
+    return [Example(question(templates, protocol, batch, range(count)), target, errors_G2HW(batch))]
 
 
-WRONG_SHARE = 0.25
-"""Share of single ratings, of tasks that name an object, in which the prompt names another one."""
+def _rating(templates: Templates, batch: RewardBatch, member: int, grade: int) -> Example:
+    target = pointwise_target(grade, len(templates.protocols.pointwise.labels))
+    return Example(question(templates, "pointwise", batch, [member]), target, errors_G2HW(batch)[member : member + 1])
+
+
+WRONG_SHARE = 0.3
+"""Share of records, of tasks that name an object, whose ratings are about the object's name."""
 
 
 def _rng(seed: int, what: str) -> np.random.Generator:

@@ -34,7 +34,7 @@ class Reader:
         """The reader of a saved model.
 
         Raises:
-            ConfigError: the folder holds no tokenizer, no chat template, no picture settings, or a model without vision.
+            ConfigError: no tokenizer, chat template or picture settings there, or a model without vision.
         """
         from transformers import AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -131,7 +131,9 @@ def load_model(folder: Path) -> Any:
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"judge {folder}: no readable config.json ({_reason(error)}); give a model's folder") from None
+        raise ConfigError(
+            f"judge {folder}: no readable config.json ({_reason(error)}); give a model's folder"
+        ) from None
     if kind != "qwen2_5_vl":
         raise ConfigError(
             f"judge {folder}: model_type {kind!r}; only qwen2_5_vl is trained and asked in this process: take a "

@@ -59,7 +59,7 @@ class TaskTemplate(StrictConfig):
     criteria: str = Field(min_length=1)
     """What makes a result good."""
     views: tuple[str, ...] = Field(min_length=1)
-    """What is shown of each candidate: ``SOURCE.LOOK``, for example ``foreground.checker``; ``blank`` is an empty one."""
+    """What is shown of each candidate: ``SOURCE.LOOK``, as in ``foreground.checker``, or ``blank``."""
 
 
 @dataclass(frozen=True)

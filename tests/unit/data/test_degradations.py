@@ -1,5 +1,7 @@
 """Degradations: graded, nested, repeatable, and only where they can be seen."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -62,7 +64,7 @@ def test_what_comes_out_keeps_the_contract_of_layers(task, kind, scene):
         spoilt = degrade(kind, grade, task, truth, scene[2], seed=5)
         assert spoilt.shape == truth.shape
         assert spoilt.dtype == torch.float32
-        assert 0 <= float(spoilt.min())
+        assert float(spoilt.min()) >= 0
         assert float(spoilt.max()) <= 1
     assert torch.equal(truth, untouched)
 
@@ -77,7 +79,7 @@ def test_equal_seeds_spoil_alike_and_other_seeds_otherwise(scene):
 def test_holes_of_a_higher_grade_contain_those_of_a_lower_one(scene):
     truth = layers_of("automatic_matting", scene)
     gone = [degrade("holed_alpha", g, "automatic_matting", truth, scene[2], 1)[0, 3] == 0 for g in range(GRADES + 1)]
-    for smaller, larger in zip(gone, gone[1:], strict=False):
+    for smaller, larger in pairwise(gone):
         assert bool((larger | ~smaller).all())
         assert int(larger.sum()) > int(smaller.sum())
 

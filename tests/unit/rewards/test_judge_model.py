@@ -15,7 +15,7 @@ from data.sampler import Draw
 from policy.programs import Batch
 from rewards.base import build, run_scorer
 from rewards.judge.checking import check_judge
-from rewards.judge.examples import Examples, Spoilt, draw_example, grid_target, pairwise_target, pointwise_target
+from rewards.judge.examples import Examples, Spoilt, draw_examples, grid_target, pairwise_target, pointwise_target
 from rewards.judge.model import ModelJudge, Reader, answer_logits
 from rewards.judge.small import SmallConfig
 from rewards.judge.templates import load_templates
@@ -76,10 +76,10 @@ def test_what_is_saved_answers_as_the_trained_module_did(program, folder, real_d
     index = int(examples.data.positions("layer_decomposition")[0])
     judge = ModelJudge(folder)
     for protocol in ("pointwise", "pairwise", "grid"):
-        asked = draw_example(examples, templates, protocol, index, seed=3).question
+        asked = draw_examples(examples, templates, protocol, index, seed=3)[0].question
         answer = judge.ask(asked.text, asked.images, asked.labels)
         with torch.no_grad():
-            logits = answer_logits(program.module, program._reader.batch([asked]))[0]
+            logits = answer_logits(program.module.vlm, program._reader.batch([asked]))[0]
         expected = logits[program._reader.label_ids(asked.labels)].softmax(dim=0).tolist()
         assert list(answer) == list(asked.labels)
         assert sum(answer.values()) == pytest.approx(1)
@@ -90,7 +90,7 @@ def test_a_batch_answers_as_single_questions_do(folder, real_dataset):
     templates, examples = load_templates("small"), Examples(RecordDataset(real_dataset, "test"))
     judge = ModelJudge(folder)
     asked = [
-        draw_example(examples, templates, "pairwise", int(examples.data.positions(task)[0]), seed=3).question
+        draw_examples(examples, templates, "pairwise", int(examples.data.positions(task)[0]), seed=3)[0].question
         for task in ("layer_decomposition", "text_to_rgba")  # texts of other lengths, so one is padded
     ]
     with torch.no_grad():
@@ -200,10 +200,10 @@ def test_lora_trains_the_adapter_alone_and_hands_on_a_merged_model(random_qwen, 
     assert merged["model_type"] == "qwen2_5_vl"
     with torch.no_grad():
         examples = Examples(RecordDataset(real_dataset, "test"))
-        asked = draw_example(
+        asked = draw_examples(
             examples, load_templates("small"), "pointwise", int(examples.data.positions("automatic_matting")[0]), 1
-        ).question
-        expected = answer_logits(program.module, program._reader.batch([asked]))[0]
+        )[0].question
+        expected = answer_logits(program.module.vlm, program._reader.batch([asked]))[0]
         expected = expected[program._reader.label_ids(asked.labels)].softmax(dim=0).tolist()
     answer = ModelJudge(tmp_path / "model").ask(asked.text, asked.images, asked.labels)
     base = ModelJudge(random_qwen).ask(asked.text, asked.images, asked.labels)

@@ -50,7 +50,13 @@ def templates():
 def batch(make_batch):
     """Members of text_to_rgba whose alpha is 0.9, 0.1, 0.5, 0.3 all over."""
     made = make_batch(
-        members=4, roles=("foreground",), size=(64, 64), task="text_to_rgba", inputs=(), input_roles=(), prompt="Draw x."
+        members=4,
+        roles=("foreground",),
+        size=(64, 64),
+        task="text_to_rgba",
+        inputs=(),
+        input_roles=(),
+        prompt="Draw x.",
     )
     layers = made.layers_GLCHW.clone()
     for member, level in enumerate((0.9, 0.1, 0.5, 0.3)):

@@ -55,7 +55,7 @@ def test_a_view_of_a_layer_that_the_task_does_not_have_is_refused(own):
 
 def test_a_view_that_is_none_is_refused(own):
     replace(own / "text_to_rgba.yaml", "foreground.alpha", "foreground.pink")
-    with pytest.raises(ConfigError, match="'foreground.pink' is not SOURCE.LOOK"):
+    with pytest.raises(ConfigError, match=r"'foreground\.pink' is not SOURCE\.LOOK"):
         load_templates(own)
 
 
