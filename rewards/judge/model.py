@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RewardError
 from rewards.judge.asking import Question
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -84,6 +84,8 @@ class Reader:
         messages = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         before, *rest = text.split(IMAGE_TOKEN)
+        if len(rest) != len(question.images):
+            raise RewardError(f"the question {question.text[:80]!r} holds {IMAGE_TOKEN}, which stands for a picture")
         filled = before + "".join(IMAGE_TOKEN * int(next(counts)) + part for part in rest)
         ids: list[int] = self.tokenizer.encode(filled, add_special_tokens=False)
         return ids

@@ -55,7 +55,7 @@ CHAT_TEMPLATE = (
 class SmallConfig(StrictConfig):
     """Size of a fresh judge."""
 
-    vision_heads: int = Field(5, ge=1)
+    vision_heads: int = Field(5, ge=1, le=24)
     """Attention heads of the vision tower; each is 32 wide."""
     vision_layers: int = Field(4, ge=1)
     """Blocks of the vision tower; all attend to the whole picture."""

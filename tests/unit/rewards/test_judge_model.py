@@ -14,11 +14,12 @@ from data.records import RecordDataset
 from data.sampler import Draw
 from policy.programs import Batch
 from rewards.base import build, run_scorer
+from rewards.judge.asking import Question
 from rewards.judge.checking import check_judge
 from rewards.judge.examples import Examples, Spoilt, draw_examples, grid_target, pairwise_target, pointwise_target
 from rewards.judge.model import ModelJudge, Reader, answer_logits
 from rewards.judge.small import SmallConfig
-from rewards.judge.templates import load_templates
+from rewards.judge.templates import SHIPPED, load_templates
 from rewards.judge.training import JudgeConfig, JudgeLoraConfig, make_judge_program
 
 TINY = SmallConfig(vision_heads=1, vision_layers=1, heads=1, layers=1)
@@ -118,8 +119,6 @@ def test_inputs_are_those_of_the_architectures_own_processor(folder):
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "cut . Cut out a dog. better ?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     theirs = processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
-    from rewards.judge.asking import Question
-
     ours = Reader.load(folder).batch([Question("cut . Cut out a dog. better ?", tuple(images), ("1", "2", "0"))])
     assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
     assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
@@ -140,17 +139,18 @@ def test_the_term_scores_a_group_of_a_task_without_truth(folder, real_dataset):
     assert term.describes == "model, grid, templates small"
 
 
-def test_a_label_that_this_judge_splits_is_refused_at_the_start(folder):
-    with pytest.raises(ConfigError, match=r"protocols\.yaml: pairwise\.labels: 'A'|grid\.labels: ") as caught:
-        # "A" is one token of a real model; a tokenizer that spells it in two must not be asked with it.
-        load_templates("vlm").check_labels(lambda text: 2 if text == "A" else 1)
-    assert "'A' is 2 tokens" in str(caught.value)
+def test_a_label_that_this_judge_splits_is_refused_when_the_term_is_built(folder, tmp_path):
+    own = shutil.copytree(SHIPPED / "small", tmp_path / "mine")
+    text = (own / "protocols.yaml").read_text()
+    (own / "protocols.yaml").write_text(text.replace('["1", "2", "0"]', '["1", "2", "no idea"]'))
+    with pytest.raises(ConfigError, match=r"protocols\.yaml: pairwise\.labels: 'no idea' is \d+ tokens"):
+        build("judge", {"folder": str(folder), "templates": str(own)})
 
 
-def test_a_check_finds_chance_in_an_untrained_judge_and_says_what_it_costs(folder, real_dataset):
-    found = check_judge(ModelJudge(folder), load_templates("small"), RecordDataset(real_dataset, "test"), records=3)
-    assert found.records == 3 * len(RecordDataset(real_dataset, "test").tasks) or found.records >= 12
-    assert abs(found.spearman[0]) < 0.5
+def test_a_check_asks_about_every_task_and_says_what_it_costs(folder, real_dataset):
+    data = RecordDataset(real_dataset, "test")
+    found = check_judge(ModelJudge(folder), load_templates("small"), data, records=3)
+    assert found.records == sum(min(3, len(places)) for places in data.task_positions.values())
     assert found.spearman[1] <= found.spearman[0] <= found.spearman[2]
     assert set(found.wrong_object_auc) <= {"text_to_rgba", "referring_matting"}
     assert set(found.seconds_per_group) == set(found.spread) == {"pointwise", "grid"}
