@@ -88,7 +88,7 @@ def render(found: "JudgeCheck") -> list[str]:
         f"wrong object, AUC              {each(found.wrong_object_auc)}",
         f"grid and grade, Spearman       {found.grid_spearman:.3f}",
         f"spread in near groups          {each(found.spread, 4)}",
-        f"seconds per group of {found.members}         {each(found.seconds_per_group, 3)}",
+        f"seconds per group of five      {each(found.seconds_per_group, 3)}",
         f"questions without an answer    {sum(found.missing.values())}",
         *(f"  {count} times: {reason}" for reason, count in sorted(found.missing.items(), key=lambda e: -e[1])[:5]),
     ]

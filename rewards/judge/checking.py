@@ -26,31 +26,30 @@ Interval = tuple[float, float, float]
 """Estimate, low and high of its 95 % interval over objects; NaN where it cannot be had."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class JudgeCheck:
     """What was found."""
 
     records: int
-    spearman: Interval = (np.nan,) * 3
+    spearman: Interval
     """Rank correlation between how good a candidate is and its pointwise score, over all visual degradations."""
-    spearman_by_kind: dict[str, float] = field(default_factory=dict)
-    spearman_by_task: dict[str, float] = field(default_factory=dict)
-    pair_accuracy: Interval = (np.nan,) * 3
+    spearman_by_kind: dict[str, float]
+    spearman_by_task: dict[str, float]
+    pair_accuracy: Interval
     """Share of comparisons two grades apart that the better one wins, each order on its own."""
-    pair_accuracy_both: Interval = (np.nan,) * 3
+    pair_accuracy_both: Interval
     """The same by the mean of both orders."""
-    position_bias: Interval = (np.nan,) * 3
+    position_bias: Interval
     """Preference for the first place, −1 to 1."""
-    wrong_object_auc: dict[str, float] = field(default_factory=dict)
+    wrong_object_auc: dict[str, float]
     """By task: how often true layers score higher under their own prompt than under another object's."""
-    spread: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float]
     """By protocol: mean standard deviation of the scores in a group of nearly equal members."""
-    grid_spearman: float = np.nan
+    grid_spearman: float
     """Mean rank correlation within grids of all grades."""
-    seconds_per_group: dict[str, float] = field(default_factory=dict)
-    """By protocol, for :attr:`members` members."""
-    members: int = GRADES + 1
-    missing: dict[str, int] = field(default_factory=dict)
+    seconds_per_group: dict[str, float]
+    """By protocol, for a group of all grades."""
+    missing: dict[str, int]
     """Questions without an answer, by reason."""
 
 
@@ -117,7 +116,7 @@ def _check_record(
     asker: Asker, templates: Templates, examples: Examples, index: int, kind: str, seed: int, found: _Found
 ) -> None:
     record = examples.data.cheap(index)
-    task, named = record.task, WRONG_OBJECT in kinds_for(record.task)
+    task = record.task
     graded = examples.group(index, [Spoilt(kind, grade, seed) for grade in range(GRADES + 1)], seed)
     scores = _timed(found, "pointwise", lambda: pointwise(asker, templates, graded))
     for grade, score in enumerate(scores):
@@ -146,7 +145,7 @@ def _check_record(
     ):
         if (values := _numbers(answers, found)) is not None:
             found.spreads[name].append(float(np.std(values)))
-    if named:
+    if examples.names_object(index):
         wrong = examples.group(index, [Spoilt(WRONG_OBJECT, GRADES, seed)], seed)
         own, other = scores[0], pointwise(asker, templates, wrong)[0]
         pair = (_number(own, found), _number(other, found))

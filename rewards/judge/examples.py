@@ -65,6 +65,11 @@ class Examples:
             group=record.id,
         )
 
+    def names_object(self, index: int) -> bool:
+        """Whether the prompt of a record names its object, so that another prompt can name another one."""
+        record = self.data.cheap(index)
+        return WRONG_OBJECT in kinds_for(record.task) and bool(record.caption) and record.caption in record.prompt
+
     def other_prompt(self, record: Record, seed: int) -> str:
         """The record's prompt with the name of another object: the other one in the picture, or any of the split."""
         if len(record.object_groups) > 1:
@@ -133,7 +138,7 @@ def draw_examples(
         return Spoilt(visual[int(rng.integers(len(visual)))], grade, _own_seed(rng))
 
     if protocol == "pointwise":
-        if WRONG_OBJECT in kinds_for(task) and rng.random() < WRONG_SHARE:
+        if examples.names_object(index) and rng.random() < WRONG_SHARE:
             right, wrong = (examples.group(index, [Spoilt(WRONG_OBJECT, grade, own)], own) for grade in (0, GRADES))
             return [_rating(templates, right, 0, 0), _rating(templates, wrong, 0, GRADES)]
         grades = [int(grade) for grade in rng.permutation(GRADES + 1)[:group]]

@@ -1,6 +1,5 @@
 """Three ways of asking a judge about a group: rate each, show all, compare two."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +9,7 @@ import numpy as np
 from common.errors import OmniAlphaError, RewardError
 from data.seeding import seed_for
 from rewards.base import RewardBatch
-from rewards.judge.asking import Asker, Question, ask_all
+from rewards.judge.asking import Answer, Asker, Question, ask_all
 from rewards.judge.pictures import pictures
 from rewards.judge.templates import ProtocolName, Templates
 from rewards.statistics import paired_bootstrap
@@ -124,20 +123,17 @@ def compare(
     """Pairs of members, each compared in both orders; a pair that lacks an answer has its reason."""
     asked = [question(templates, "pairwise", batch, order) for a, b in pairs for order in ((a, b), (b, a))]
     answers = ask_all(asker, asked)
-    verdicts: list[Verdict | OmniAlphaError] = []
-    for one, other in zip(answers[::2], answers[1::2], strict=True):
-        if isinstance(one, OmniAlphaError) or isinstance(other, OmniAlphaError):
-            verdicts.append(one if isinstance(one, OmniAlphaError) else _error(other))
-            continue
-        first, second, neither = one.values()
-        swapped_second, swapped_first, swapped_neither = other.values()
-        verdicts.append(Verdict((first, second, neither), (swapped_first, swapped_second, swapped_neither)))
-    return verdicts
+    return [_verdict(one, other) for one, other in zip(answers[::2], answers[1::2], strict=True)]
 
 
-def _error(answer: object) -> OmniAlphaError:
-    assert isinstance(answer, OmniAlphaError)
-    return answer
+def _verdict(one: Answer, other: Answer) -> Verdict | OmniAlphaError:
+    if isinstance(one, OmniAlphaError):
+        return one
+    if isinstance(other, OmniAlphaError):
+        return other
+    first, second, neither = one.values()
+    swapped_second, swapped_first, swapped_neither = other.values()
+    return Verdict((first, second, neither), (swapped_first, swapped_second, swapped_neither))
 
 
 @dataclass(frozen=True)
@@ -172,8 +168,3 @@ def tally(
         preference=interval([verdict.preference for verdict in verdicts]),
         position_bias=interval([verdict.position_bias for verdict in verdicts]),
     )
-
-
-def certainty(verdict: Verdict) -> float:
-    """0 where the judge cannot decide, 1 where it is sure: 1 − entropy of the mean answer over ln 3."""
-    return 1 + sum(share * math.log(share) for share in verdict.both if share > 0) / math.log(3)
