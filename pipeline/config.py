@@ -31,6 +31,7 @@ from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
 from rewards.combine import RewardConfig, TermConfig, active_terms
 from rewards.gaming import WatchConfig, applies, optimised, watched
+from rewards.judge.templates import anchored
 from rewards.judge.training import JudgeConfig
 from rewards.metrics import HIGHER_IS_BETTER
 
@@ -444,8 +445,9 @@ def _anchored(config: RunConfig) -> RunConfig:
 
 
 def _anchored_judge(judge: JudgeStageConfig) -> JudgeStageConfig:
-    objective = judge.objective.model_copy(update={"model": _absolute(judge.objective.model)})
-    return judge.model_copy(update={"objective": objective})
+    asked = judge.objective
+    update = {"model": _absolute(asked.model), "templates": anchored(asked.templates)}
+    return judge.model_copy(update={"objective": asked.model_copy(update=update)})
 
 
 def _anchored_term(term: TermConfig) -> TermConfig:
@@ -468,6 +470,8 @@ def _anchored_term(term: TermConfig) -> TermConfig:
     if named:
         absolute = {key: str(Path(value).expanduser().resolve()) for key, value in named.items()}
         update["params"] = {**term.params, **absolute}
+    if term.source == "judge" and isinstance(templates := term.params.get("templates"), str):
+        update["params"] = {**update.get("params", term.params), "templates": anchored(templates)}
     return term.model_copy(update=update)
 
 

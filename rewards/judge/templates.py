@@ -132,6 +132,11 @@ def load_templates(name: str | Path) -> Templates:
     return Templates(folder, protocols, tasks)
 
 
+def anchored(name: str) -> str:
+    """A shipped name as it is, a folder by its absolute path: actors work in directories of their own."""
+    return name if (SHIPPED / name).is_dir() else str(Path(name).expanduser().resolve())
+
+
 def _check_protocols(protocols: ProtocolsConfig, path: Path) -> None:
     for name in ("pointwise", "pairwise", "grid"):
         template: ProtocolTemplate = getattr(protocols, name)
