@@ -116,7 +116,7 @@ class ModelJudge:
         return dict(zip(labels, logits.double().softmax(dim=0).tolist(), strict=True))
 
 
-def answer_logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def answer_logits(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """Logits of the answer's token for each question of a batch: (B, vocabulary), float32."""
     # All kept tensors are of the last place: logits of whole prompts would fill memory with large vocabularies.
     return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()

@@ -161,10 +161,12 @@ def tally(
     def interval(values: Sequence[float]) -> tuple[float, float, float]:
         return paired_bootstrap(values, photo_groups, object_groups, draws)
 
-    outcomes = [verdict.outcome for verdict in verdicts]
+    win, tie, loss = (interval([float(v.outcome == name) for v in verdicts]) for name in ("win", "tie", "loss"))
     return Tally(
         len(verdicts),
-        *(interval([float(outcome == name) for outcome in outcomes]) for name in ("win", "tie", "loss")),
+        win,
+        tie,
+        loss,
         preference=interval([verdict.preference for verdict in verdicts]),
         position_bias=interval([verdict.position_bias for verdict in verdicts]),
     )
