@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, OmniAlphaError
-from pipeline import data_import, export, report, reward_commands, sample, status, vae_convert
+from pipeline import data_import, export, judge_commands, report, reward_commands, sample, status, vae_convert
 
 log = logging.getLogger("omnialpha")
 
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     report.register(commands)
     status.register(commands)
     reward_commands.register(commands)
+    judge_commands.register(commands)
     sample.register(commands)
     export.register(commands)
     vae_convert.register(commands)

@@ -23,7 +23,7 @@ from pipeline.grpo import run_grpo
 from pipeline.report import report_finished
 from pipeline.report_data import environment
 from pipeline.run import Run
-from pipeline.train import run_continued, run_rgb, run_sft, run_vae, starting_point
+from pipeline.train import run_continued, run_judge, run_rgb, run_sft, run_vae, starting_point
 from policy.folder import load_vae, policy_digest
 from rewards.base import build, check_source, describe
 
@@ -44,6 +44,7 @@ def needs(config: RunConfig, stage: str) -> tuple[str, ...]:
         "rgb": (),
         "vae": _rgb(config),
         "sft": ("vae",),
+        "judge": (),
         "continued": ("vae", "sft"),
         "grpo": sft,
         "evaluate": compared,
@@ -90,6 +91,8 @@ def _prepare(run: Run, todo: Sequence[str]) -> None:
         raise ConfigError(
             f"this config does not continue SFT ({why}); set continued.steps and continued.lr, without grpo.start"
         )
+    if "judge" in todo and not config.judge:
+        raise ConfigError("this config trains no judge; take judge-small or judge-qwen2.5-vl-7b, or set judge.*")
     for stage in todo:
         for needed in needs(config, stage):
             if needed not in todo:
@@ -203,6 +206,8 @@ def run_stage(run: Run, actors: Actors, stage: str) -> None:
             run_vae(run, actors.learner)
         case "sft":
             run_sft(run, actors.learner)
+        case "judge":
+            run_judge(run, actors.learner)
         case "continued":
             run_continued(run, actors.learner)
         case "grpo":

@@ -60,6 +60,6 @@ class Tracker:
                     f"wandb ({mode}) did not start: {error}; set WANDB_API_KEY in the environment for online mode, or "
                     "tracking.wandb=offline or disabled"
                 ) from None
-            for stage in ("rgb", "vae", "sft", "continued", "grpo"):
+            for stage in ("rgb", "vae", "sft", "judge", "continued", "grpo"):
                 self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         return self._run

@@ -11,13 +11,14 @@ from data.records import RecordDataset
 from data.sampler import TaskSampler
 from data.seeding import seed_for
 from data.tasks import get_task
-from pipeline.config import BatchedConfig
 from pipeline.run import Progress, Run
+from pipeline.stage_config import BatchedConfig
 from policy.folder import load_vae, save_vae
 from policy.programs import Batch, make_sft_program
 from policy.rl import Start
 from policy.vae import set_latent_statistics
 from policy.vae_program import make_rgb_program, make_vae_program
+from rewards.judge.training import make_judge_program
 
 log = logging.getLogger("omnialpha")
 
@@ -86,6 +87,16 @@ def run_continued(run: Run, learner: LearnerGroup) -> None:
     position = sft.steps * sft.micro_batches
     progress = _train(run, "continued", control.stage(sft), learner, make, "sft", position)
     progress.finish(lambda folder: learner.export(folder / "model"))
+
+
+def run_judge(run: Run, learner: LearnerGroup) -> None:
+    """Trains a judge on graded degradations of the training split."""
+    config, stage = run.config, run.config.judge
+    assert stage is not None
+    make = functools.partial(make_judge_program, stage.objective, config.dataset_folder, config.seed)
+    progress = _train(run, "judge", stage, learner, make)
+    facts = {"seed": config.seed, "templates": stage.objective.templates}
+    progress.finish(lambda folder: learner.export(folder / "model"), facts)
 
 
 def _train(

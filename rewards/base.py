@@ -1,7 +1,8 @@
 """The plug-in contract of a reward: what a scorer gets, what it may return, and how it is found.
 
 A scorer is a plain function ``score(batch)`` or an object with that method. It returns G numbers, one per member
-of the group, higher is better, as a list, tuple, NumPy array or tensor. It may carry an attribute ``needs``, a
+of the group, higher is better, as a list, tuple, NumPy array or tensor; an exception in a number's place says why there
+is none. It may carry an attribute ``needs``, a
 collection out of ``{"targets", "inputs", "prompt"}``: without them it is not called.
 
 Whatever goes wrong inside a scorer becomes a *missing* score with a reason. It is never 0, because 0 is a judgement.
@@ -43,7 +44,7 @@ Shared = TypeVar("Shared")
 _registry: dict[str, Callable[..., Any]] = {}
 
 # Modules that register the shipped scorers. They import this one, so they are imported on first use and not above.
-_SHIPPED = ("rewards.terms", "rewards.matting", "rewards.prompt")
+_SHIPPED = ("rewards.terms", "rewards.matting", "rewards.prompt", "rewards.judge.term")
 
 ENTRY_POINTS = "omnialpha.rewards"
 """Group of entry points by which an installed package gives its scorers names."""
@@ -360,6 +361,8 @@ def _shape_of(returned: Any) -> str:
 def _check(value: Any) -> tuple[float, str | None]:
     if value is None:
         return math.nan, "returned None for this member"
+    if isinstance(value, Exception):
+        return math.nan, str(value) or type(value).__name__
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements

@@ -1,0 +1,94 @@
+"""``omnialpha judge``: train one, and check one before it is trusted."""
+
+import argparse
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rewards.judge.checking import JudgeCheck
+
+log = logging.getLogger("omnialpha")
+
+
+def register(commands: Any) -> None:
+    """Adds ``judge train | check`` to the subparsers of the command line."""
+    judge = commands.add_parser("judge", help="train a judge, check a judge").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    train = judge.add_parser("train", help="train the config's judge on graded degradations")
+    train.add_argument("config", help="a config with a judge section: judge-small, judge-qwen2.5-vl-7b, or your YAML")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example judge.steps=2000")
+    train.set_defaults(handler=_train)
+    check = judge.add_parser("check", help="agreement with graded degradations, position bias, spread, cost")
+    check.add_argument("judge", type=Path, help="folder of a Qwen2.5-VL, asked in this process")
+    check.add_argument("dataset", type=Path, help="a dataset folder")
+    check.add_argument("--split", default="test", choices=("train", "val", "test"))
+    check.add_argument("--templates", default="small", help="shipped prompt templates (small, vlm) or a folder")
+    check.add_argument("--records", type=int, default=20, help="records per task (%(default)s)")
+    check.add_argument("--seed", type=int, default=0, help="of the degradations (%(default)s)")
+    check.add_argument("--out", type=Path, metavar="FILE", help="also write what was found as JSON")
+    check.set_defaults(handler=_check)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from pipeline.config import load_config
+    from pipeline.stages import run_stages
+
+    run_stages(load_config(options.config, options.overrides), ("judge",))
+
+
+def _check(options: argparse.Namespace) -> None:
+    from common.commit import write_atomic
+    from common.events import finite
+    from data.records import RecordDataset
+    from rewards.judge.checking import check_judge
+    from rewards.judge.model import ModelJudge
+    from rewards.judge.templates import load_templates
+
+    if options.records < 2:
+        raise ConfigError(f"--records {options.records}: at least 2 are needed to compare")
+    judge, templates = ModelJudge(options.judge), load_templates(options.templates)
+    templates.check_labels(judge.reader.tokens)
+    data = RecordDataset(options.dataset, options.split)
+
+    def progress(done: int, work: int) -> None:
+        if done % 20 == 0 or done == work:
+            log.info("judge check: %d of %d records", done, work)
+
+    found = check_judge(judge, templates, data, options.records, options.seed, progress)
+    for line in render(found):
+        log.info("%s", line)
+    if options.out:
+        write_atomic(options.out, json.dumps(finite(dataclasses.asdict(found)), indent=1) + "\n")
+        log.info("wrote %s", options.out)
+
+
+def render(found: "JudgeCheck") -> list[str]:
+    """What was found, for the terminal; intervals are 95 % over objects."""
+
+    def interval(numbers: tuple[float, float, float]) -> str:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+
+    def each(values: dict[str, float], digits: int = 2) -> str:
+        return ", ".join(f"{name} {value:.{digits}f}" for name, value in values.items()) or "-"
+
+    return [
+        f"records                        {found.records}",
+        f"grade and score, Spearman      {interval(found.spearman)}",
+        f"  by kind                      {each(found.spearman_by_kind)}",
+        f"  by task                      {each(found.spearman_by_task)}",
+        f"better one wins, one order     {interval(found.pair_accuracy)}",
+        f"better one wins, both orders   {interval(found.pair_accuracy_both)}",
+        f"preference for first place     {interval(found.position_bias)}",
+        f"wrong object, AUC              {each(found.wrong_object_auc)}",
+        f"grid and grade, Spearman       {found.grid_spearman:.3f}",
+        f"spread in near groups          {each(found.spread, 4)}",
+        f"seconds per group of five      {each(found.seconds_per_group, 3)}",
+        f"questions without an answer    {sum(found.missing.values())}",
+        *(f"  {count} times: {reason}" for reason, count in sorted(found.missing.items(), key=lambda e: -e[1])[:5]),
+    ]

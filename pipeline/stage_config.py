@@ -1,0 +1,301 @@
+"""Settings of every stage, beside each other; :mod:`pipeline.config` makes a run of them."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from actors.engine import OptimiserConfig
+from common.config import StrictConfig
+from common.errors import ConfigError
+from data.tasks import get_task
+from policy.adapters import LoraConfig, check_targets
+from policy.dit import DitConfig
+from policy.group import Recording
+from policy.kernels import KernelConfig
+from policy.precision import Precision
+from policy.programs import SftConfig
+from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
+from policy.schedule import SamplingConfig, ScheduleConfig
+from policy.vae import VaeConfig
+from policy.vae_program import VaeLossConfig
+from rewards.gaming import WatchConfig, applies
+from rewards.judge.training import JudgeConfig
+from rewards.metrics import HIGHER_IS_BETTER
+
+
+class TrainingConfig(StrictConfig):
+    """What every training stage has."""
+
+    optimiser: OptimiserConfig
+    """Optimiser and learning rate."""
+    steps: int = Field(ge=1)
+    """Steps of the stage's loop: optimiser steps, or in GRPO batches of rollouts."""
+    commit_every: int = Field(100, ge=1)
+    """Steps between commits; a killed run loses at most this many."""
+    zero_stage: int = Field(1, ge=0, le=3)
+    """DeepSpeed ZeRO stage."""
+    precision: Precision = "float32"
+    """Of matrix products and convolutions while training, and in GRPO while sampling groups (autocast); weights stay
+    float32."""
+    tasks: dict[str, float]
+    """Relative weight of each task in the mix."""
+
+    @model_validator(mode="after")
+    def _tasks_exist(self) -> "TrainingConfig":
+        for name, weight in self.tasks.items():
+            try:
+                get_task(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+            if weight < 0:
+                raise ValueError(f"task {name} has weight {weight}; weights are 0 or more")
+        if not any(self.tasks.values()):
+            raise ValueError("no task has a positive weight")
+        return self
+
+
+class BatchedConfig(TrainingConfig):
+    """A stage that trains on stored records."""
+
+    micro_batch: int = Field(8, ge=1)
+    """Records per backward call, all of one task."""
+    micro_batches: int = Field(4, ge=1)
+    """Backward calls per optimiser step over all ranks; the same whatever their number."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of the averaged weights that the stage hands on; 0 switches averaging off."""
+
+
+class RgbStageConfig(BatchedConfig):
+    """Stage 0, optional: an RGB VAE of the size of ``vae.network`` that stage 1 converts."""
+
+    loss: VaeLossConfig = VaeLossConfig()
+    """Loss weights; ``alpha`` has no meaning here."""
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> "RgbStageConfig":
+        _check_vae_loss(self.loss, self.zero_stage)
+        return self
+
+
+class VaeStageConfig(BatchedConfig):
+    """Stage 1: the alpha-aware VAE."""
+
+    network: VaeConfig = VaeConfig()
+    """Size of the network."""
+    start: Path | None = None
+    """Policy folder whose VAE is taken as it is; the stage then only encodes the training split."""
+    loss: VaeLossConfig = VaeLossConfig()
+    """Loss weights."""
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> "VaeStageConfig":
+        _check_vae_loss(self.loss, self.zero_stage)
+        return self
+
+
+class SftStageConfig(BatchedConfig):
+    """Stage 2: the multi-task cold start."""
+
+    network: DitConfig = DitConfig()
+    """Size of a fresh transformer."""
+    start: Path | None = None
+    """Policy folder to fine-tune; None starts from a fresh transformer of size ``network``."""
+    lora: LoraConfig | None = None
+    """Adapter to train on top of ``start``; None trains all weights."""
+    objective: SftConfig = SftConfig()
+    """Loss."""
+
+    @model_validator(mode="after")
+    def _lora_has_a_base(self) -> "SftStageConfig":
+        if self.lora and self.start is None:
+            raise ValueError(
+                "lora adapts a trained transformer: name its policy folder in sft.start, or leave lora out"
+            )
+        _check_lora(self.lora)
+        return self
+
+
+class JudgeStageConfig(BatchedConfig):
+    """A judge, trained by ``omnialpha judge train`` alone: no run needs to train its own."""
+
+    objective: JudgeConfig = JudgeConfig()
+    """The judge and what it is asked."""
+
+
+class ContinuedConfig(StrictConfig):
+    """Control: SFT goes on from where it ended for about as long as GRPO takes, so that a gain of GRPO can be told from
+    one of more training. Data, tasks, batches, objective, averaging and adapter are those of ``sft``."""
+
+    steps: int = Field(ge=1)
+    """Optimiser steps; the evaluation reports the measured seconds of both stages."""
+    lr: float = Field(gt=0)
+    """Constant learning rate."""
+    commit_every: int = Field(100, ge=1)
+    """Steps between commits."""
+
+    def stage(self, sft: SftStageConfig) -> SftStageConfig:
+        """The SFT stage's settings with this length and learning rate."""
+        optimiser = sft.optimiser.model_copy(update={"lr": self.lr, "warmup": 0, "decay": "constant"})
+        changes = {"steps": self.steps, "commit_every": self.commit_every, "optimiser": optimiser}
+        return sft.model_copy(update=changes)
+
+
+class GrpoStageConfig(TrainingConfig):
+    """Stage 3: GRPO on rewards of the decoded layers."""
+
+    start: Path | None = None
+    """Policy folder to train; None takes the SFT stage's."""
+    lora: LoraConfig | None = None
+    """Adapter to train; None trains all weights."""
+    algorithm: Literal["grpo", "nft"] = "grpo"
+    """``grpo``: policy gradient on recorded transitions; ``nft``: forward-process training on clean latents."""
+    objective: GrpoConfig = GrpoConfig()
+    """Loss of ``grpo``."""
+    nft: NftConfig = NftConfig()
+    """Loss of ``nft``."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Schedule and window of rollouts."""
+    kernel: KernelConfig = KernelConfig()
+    """Stochastic steps."""
+    prompts: int = Field(8, ge=1)
+    """Groups per step."""
+    group: int = Field(8, ge=2)
+    """Members per group (G)."""
+    minibatches: int = Field(1, ge=1)
+    """Optimiser steps per pass over a step's groups, each on its share of them."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a step's groups."""
+    resample: int = Field(0, ge=0)
+    """Times that dropped groups of a step are replaced by groups of fresh prompts."""
+    max_staleness: int = Field(0, ge=0)
+    """Steps by which the policy that samples may lag behind the one that is trained; 0 takes turns, 2 keeps rollout,
+    rewards and learner busy at once."""
+    share_noise: bool = False
+    """Whether the members of a group start from the same noise."""
+    first_ratio_bound: float = Field(1e-6, ge=0)
+    """Largest |ratio − 1| allowed while the learner still holds the weights that sampled the group."""
+    pictures_every: int = Field(10, ge=1)
+    """Steps between pictures of a group."""
+    keep_rollouts: int = Field(0, ge=0)
+    """Steps between stored rollouts, which ``omnialpha reward score`` scores again; 0 stores none."""
+    max_empty_steps: int = Field(5, ge=1)
+    """Consecutive steps without any trainable group after which the run stops."""
+    watch: WatchConfig = WatchConfig()
+    """Watch for a reward that is being gamed."""
+
+    @model_validator(mode="after")
+    def _algorithm_fits(self) -> "GrpoStageConfig":
+        if self.algorithm == "grpo" and self.objective.guard and not self.kernel.gaussian:
+            raise ValueError(
+                "objective.guard needs Gaussian log-probabilities, which kernel cps does not publish; "
+                "set kernel.density: gaussian, or take another kernel"
+            )
+        if self.algorithm == "nft" and self.nft.times > self.sampling.schedule.steps:
+            raise ValueError(
+                f"nft.times {self.nft.times} does not fit: the schedule has {self.sampling.schedule.steps} noise levels"
+            )
+        _check_lora(self.lora)
+        return self
+
+    @property
+    def recording(self) -> Recording:
+        """What rollouts carry for the objective."""
+        return self.objective.recording if self.algorithm == "grpo" else self.nft.recording
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the learner computes the old log-probabilities itself."""
+        return self.algorithm == "grpo" and self.objective.old_log_probs == "recomputed"
+
+    def program(self, start: Start) -> Callable[[], GrpoProgram | NftProgram]:
+        """Builds the objective's program from a starting policy."""
+        sigmas = self.sampling.schedule.sigmas()
+        if self.algorithm == "nft":
+            return functools.partial(NftProgram, start, self.nft, sigmas)
+        return functools.partial(GrpoProgram, start, self.objective, self.kernel, sigmas)
+
+    def doubts(self) -> list[str]:
+        """Settings that are allowed and probably not meant."""
+        stale = [
+            "grpo.objective.old_log_probs=recomputed with grpo.max_staleness > 0: the ratio then does not see how far "
+            "the policy has moved since it sampled, and nothing corrects for it"
+        ]
+        return [*(stale if self.recompute and self.max_staleness else []), *self._doubtful_clip_range()]
+
+    def _doubtful_clip_range(self) -> list[str]:
+        # Without staleness and with one update per batch every ratio is 1.
+        if self.algorithm == "nft" or (self.minibatches * self.epochs == 1 and not self.max_staleness):
+            return []
+        scale = "GRPO-Guard" if self.objective.guard else "published CPS" if not self.kernel.gaussian else "Gaussian"
+        low, high = CLIP_RANGES[scale]
+        if low <= self.objective.clip_range <= high:
+            return []
+        return [
+            f"grpo.objective.clip_range {self.objective.clip_range:g} is outside {low:g} to {high:g}, the usual range "
+            f"for {scale} ratios: was it tuned for another kernel? Choose it by the logged clip fraction"
+        ]
+
+
+CLIP_RANGES = {"Gaussian": (1e-5, 1e-2), "published CPS": (1e-6, 5e-4), "GRPO-Guard": (1e-6, 5e-4)}
+"""Clip ranges beyond which a setting is doubtful, by the scale of the ratio; see docs/algorithms.md."""
+
+
+def _check_vae_loss(loss: VaeLossConfig, zero_stage: int) -> None:
+    if loss.adversarial and zero_stage == 3:
+        raise ValueError("loss.adversarial needs the discriminator's weights whole: set zero_stage to 2 or less")
+
+
+def _check_lora(lora: LoraConfig | None) -> None:
+    if lora:
+        try:
+            check_targets(lora)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+
+class EvaluateConfig(StrictConfig):
+    """Stage 4: comparison of SFT and GRPO on held-out records."""
+
+    split: Literal["val", "test"] = "test"
+    """Which split."""
+    records: int = Field(60, ge=2)
+    """Records per task, at most."""
+    batch: int = Field(10, ge=1)
+    """Records sampled together."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Noise levels of the deterministic sampler."""
+    draws: int = Field(2000, ge=100)
+    """Bootstrap draws of an interval."""
+    rows: int = Field(4, ge=1)
+    """Records per task in the pictures."""
+    primary: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Task → metrics by which the run is to be judged, chosen before it; none that the task's reward trains on."""
+
+    @model_validator(mode="after")
+    def _primary_metrics_exist(self) -> "EvaluateConfig":
+        for task, metrics in self.primary.items():
+            try:
+                get_task(task)
+            except ConfigError as error:
+                raise ValueError(f"primary: {error}") from None
+            for name in metrics:
+                if HIGHER_IS_BETTER.get(name) is None:
+                    known = ", ".join(key for key, higher in HIGHER_IS_BETTER.items() if higher is not None)
+                    raise ValueError(f"primary.{task}: {name!r} is not a metric with a direction; known: {known}")
+                if not applies(name, task):
+                    raise ValueError(f"primary.{task}: {name} needs a layer that the task does not have")
+            if not metrics or len(set(metrics)) < len(metrics):
+                raise ValueError(f"primary.{task}: name at least one metric, and each once")
+        return self
+
+
+class TrackingConfig(StrictConfig):
+    """Where metrics go besides the event log."""
+
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """wandb mode; ``online`` takes its key from the environment."""
+    project: str = "omnialpha"
+    """wandb project."""

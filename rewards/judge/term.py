@@ -1,0 +1,77 @@
+"""The judge as a reward term."""
+
+from pathlib import Path
+from typing import Literal
+
+from common.errors import ConfigError
+from rewards.base import RewardBatch, register
+from rewards.judge.asking import Asker
+from rewards.judge.protocols import Score, grid, pointwise
+from rewards.judge.templates import Templates, load_templates
+
+
+class JudgeScorer:
+    """Scores groups by asking: whoever answers, a server or a model in this process."""
+
+    needs = frozenset({"prompt"})
+
+    def __init__(
+        self,
+        asker: Asker,
+        templates: Templates,
+        protocol: Literal["pointwise", "grid"] = "pointwise",
+        seed: int = 0,
+        orders: int = 1,
+    ) -> None:
+        """
+        Args:
+            asker: whoever answers; that its labels are single tokens was checked.
+            templates: what is asked.
+            protocol: ``pointwise`` rates members one by one, ``grid`` shows the whole group.
+            seed: of the grid's orders.
+            orders: shuffled orders in which a grid is asked.
+
+        Raises:
+            ConfigError: no such protocol, or orders that it does not have.
+        """
+        if protocol not in ("pointwise", "grid"):
+            raise ConfigError(f"judge: protocol {protocol!r} is no reward; choose pointwise or grid")
+        if orders < 1 or (orders > 1 and protocol != "grid"):
+            raise ConfigError(f"judge: orders {orders} with protocol {protocol}; a grid has 1 or more, pointwise has 1")
+        self._asker, self._templates = asker, templates
+        self._protocol, self._seed, self._orders = protocol, seed, orders
+
+    def score(self, batch: RewardBatch) -> list[Score]:
+        """Scores (G,): pointwise in [0, 1], of a grid log-probabilities. A missing one is its reason."""
+        if self._protocol == "pointwise":
+            return pointwise(self._asker, self._templates, batch)
+        return grid(self._asker, self._templates, batch, self._seed, self._orders)
+
+
+@register("judge")
+class Judge(JudgeScorer):
+    """What a vision language model says of the layers, by prompt templates; for tasks without one truth."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        templates: str = "vlm",
+        protocol: Literal["pointwise", "grid"] = "pointwise",
+        seed: int = 0,
+        orders: int = 1,
+    ) -> None:
+        """
+        Args:
+            folder: a judge's model folder, asked in the scorer's own process.
+            templates: ``small`` for a judge made by ``omnialpha judge train``, ``vlm`` for others, or a folder.
+            protocol, seed, orders: as in :class:`JudgeScorer`.
+
+        Raises:
+            ConfigError: a folder or template that cannot be used, or a label that is not one token.
+        """
+        from rewards.judge.model import ModelJudge  # slow to import, and rarely needed
+
+        judge, asked = ModelJudge(Path(folder).expanduser()), load_templates(templates)
+        asked.check_labels(judge.reader.tokens)
+        super().__init__(judge, asked, protocol, seed, orders)
+        self.describes = f"{judge.name}, {protocol}, templates {asked.folder.name}"
