@@ -21,6 +21,7 @@ from actors.crew import Crew, Notify, Work, unheard
 from common.errors import ActorError
 from data.records import RecordDataset
 from data.tasks import get_task
+from policy.conditions import open_encoder
 from policy.dit import PATCH
 from policy.folder import load_transformer, load_vae, starting_policy
 from policy.group import GroupMeta, GroupPixels, GroupRequest, GroupTrajectory, Recording
@@ -29,7 +30,7 @@ from policy.precision import Precision, computing
 from policy.rl import Start, training_times
 from policy.sampling import Condition, denoise, member_noise
 from policy.schedule import SamplingConfig, ScheduleConfig
-from policy.text import TextEncoder
+from policy.text import pad_states
 from policy.vae import LatentCodec
 from policy.weights import digest, load_packed
 
@@ -62,7 +63,7 @@ class RolloutActor:
         start = setup.start
         self._codec = LatentCodec(load_vae(start.policy))
         self._model = starting_policy(start.policy, start.lora, start.seed).eval().requires_grad_(False)
-        self._text = TextEncoder()
+        self._text = open_encoder(start.policy)
         self._splits: dict[str, RecordDataset] = {}
         self._version = -1
 
@@ -88,7 +89,7 @@ class RolloutActor:
         sample = record.decode()
         task = get_task(record.task)
         inputs_NCHW = self._codec.encode_stack(sample.inputs, *sample.targets_LCHW.shape[-2:])
-        text_TD = self._text.encode(record.prompt)
+        text_TD = self._text.encode(record.prompt, sample.inputs).float()
         shape = (len(task.targets), *inputs_NCHW.shape[1:])
         seeds = (setup.seed, request.step, request.group)
 
@@ -144,7 +145,8 @@ class RolloutActor:
         records = [data.record(int(index)) for index in indices]
         samples = [record.decode() for record in records]
         inputs = torch.stack([self._codec.encode_stack(s.inputs, *s.targets_LCHW.shape[-2:]) for s in samples])
-        text, mask = self._text.encode_batch([record.prompt for record in records])
+        states = [self._text.encode(r.prompt, s.inputs).float() for r, s in zip(records, samples, strict=True)]
+        text, mask = pad_states(states)
         shape = (len(get_task(records[0].task).targets), *inputs.shape[2:])
         seed = self._setup.seed
         initial = torch.stack([member_noise(shape, seed, 0, 0, 0, f"evaluate {record.id}") for record in records])

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -176,12 +177,46 @@ class Letterbox:
         return np.asarray(image.resize(self.inner[::-1], method))
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """An image that fills the model's canvas as a whole, and the way back."""
+
+    size: tuple[int, int]
+    """Native (height, width)."""
+    inner: tuple[int, int]
+    """(height, width) of the canvas, of nearly the same proportions."""
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether the way back to native size enlarges."""
+        return self.size[0] * self.size[1] > self.inner[0] * self.inner[1]
+
+    def image(self, pixels_HW4: np.ndarray) -> Tensor:
+        """A picture at the canvas's size, on white and opaque: float32, shape (4, *inner)."""
+        image = Image.fromarray(flatten(pixels_HW4)).resize(self.inner[::-1], Image.Resampling.LANCZOS)
+        return _opaque(np.asarray(image).astype(np.float32) / 255)
+
+    def take(self, canvas_HWC: np.ndarray) -> np.ndarray:
+        """Brings float planes of the canvas to native size, shape (H, W, C)."""
+        height, width = self.size
+        return resize_planes(canvas_HWC.astype(np.float32), width, height, Image.Resampling.BICUBIC)
+
+
+Fit: TypeAlias = Letterbox | Stretch
+"""Where an image lies in what the model sees."""
+
+
+def native_mask(pixels_HW4: np.ndarray) -> Tensor:
+    """A mask in black and white, opaque, at its own size: float32, shape (4, H, W)."""
+    return _opaque(np.repeat(marked(pixels_HW4)[..., None], 3, axis=-1).astype(np.float32))
+
+
 def marked(pixels_HW4: np.ndarray) -> np.ndarray:
     """What a mask marks: True where it is brighter than half, shape (H, W). Transparent parts count as black."""
     return flatten(pixels_HW4, 0).max(axis=-1) >= 128
 
 
-def native_layer(layer_4SS: Tensor, box: Letterbox) -> np.ndarray:
+def native_layer(layer_4SS: Tensor, box: Fit) -> np.ndarray:
     """A layer of the model at native size, with the model's own colours: uint8, shape (H, W, 4)."""
     planes = box.take(premultiply(_channels_last(layer_4SS)))  # premultiplied, so that hidden colours do not bleed in
     share = planes[..., 3:]
@@ -190,7 +225,7 @@ def native_layer(layer_4SS: Tensor, box: Letterbox) -> np.ndarray:
     return to_uint8_hwc(np.concatenate([colour, share], axis=-1))
 
 
-def cut_out(layer_4SS: Tensor, box: Letterbox, pixels_HW4: np.ndarray) -> np.ndarray:
+def cut_out(layer_4SS: Tensor, box: Fit, pixels_HW4: np.ndarray) -> np.ndarray:
     """A foreground layer at native size with the input's colours and the model's alpha: uint8, shape (H, W, 4).
 
     The model paints S x S pixels, a blur beside a photo of thousands, while the object's true colours lie in the photo:
@@ -213,7 +248,7 @@ def cut_out(layer_4SS: Tensor, box: Letterbox, pixels_HW4: np.ndarray) -> np.nda
     return np.concatenate([colours, final[..., None]], axis=-1)
 
 
-def guided_alpha(alpha_SS: np.ndarray, box: Letterbox, colours_HW3: np.ndarray) -> np.ndarray:
+def guided_alpha(alpha_SS: np.ndarray, box: Fit, colours_HW3: np.ndarray) -> np.ndarray:
     """Enlarges alpha along the edges of the native image: float32 in [0, 1], shape (H, W).
 
     As in the guided filter (arXiv 1505.00996) alpha is fitted in each small window of the square as a linear function

@@ -1,87 +1,186 @@
-"""``omnialpha sample``: a trained policy on a picture of one's own, in this process."""
+"""``omnialpha sample``: a trained policy, or a real base, on pictures of one's own, in this process."""
 
 import argparse
 import logging
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
+from pipeline.sample_files import Job, picture_role, plan_jobs, read_pictures, write_layers
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from data.images import Letterbox
+    from data.images import Fit, Letterbox
     from data.tasks import Task
 
 log = logging.getLogger("omnialpha")
 
-OPTIONS = {"image": "--input", "foreground": "--input", "background": "--input", "mask": "--mask"}
-"""The option that brings each input role of the task table."""
-
 
 def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
-    parser = commands.add_parser("sample", help="apply a trained policy to a picture of yours")
-    parser.add_argument("--policy", type=Path, required=True, help="model folder, such as runs/demo/grpo/final/model")
+    parser = commands.add_parser("sample", help="apply a trained policy to pictures of yours")
+    parser.add_argument(
+        "--policy", type=Path, required=True, help="model folder, such as runs/demo/grpo/final/model, or a real base"
+    )
     parser.add_argument("--task", required=True, help="what to do, such as automatic_matting or object_removal")
-    parser.add_argument("--input", type=Path, help="the picture, for tasks that take one")
+    parser.add_argument("--input", type=Path, help="the picture, or a folder of them, for tasks that take one")
     parser.add_argument("--mask", type=Path, help="white marks the object, for tasks that take a mask")
     parser.add_argument("--prompt", help="instruction; default: the task's own, where it names no object")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write; several layers add their name to it")
+    parser.add_argument(
+        "--out", type=Path, required=True, help=".png (several layers add their name) or .ora to write; or a folder"
+    )
+    parser.add_argument("--format", choices=("png", "ora"), default="png", help="of results in a folder")
     parser.add_argument("--colours", choices=("model", "input"), help="of foregrounds; default: input for matting")
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--shift", type=float, help="time shift of the noise levels")
     parser.add_argument("--solver", choices=("euler", "dpm2m"), help="of the denoising steps")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
+    parser.add_argument("--negative", help="prompt that guidance leads away from")
     parser.add_argument("--seed", type=int, help="of the initial noise")
     parser.add_argument("--count", type=int, help="number of results, each from its own noise")
-    parser.add_argument("--size", type=int, help="side of the model's square: the policy's training size")
+    parser.add_argument("--size", type=int, help="side of the model's square, or of a base's area; default: as trained")
     parser.set_defaults(handler=_sample)
 
 
+Draw: TypeAlias = "Callable[[Task, dict[str, np.ndarray], str, str], tuple[Tensor, Fit | None]]"
+"""(task, pixels by role, prompt, where) -> layers_GLCHW, and the way back to native size."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a kind of policy meets pictures."""
+
+    count: int
+    """Results per picture."""
+    open: Callable[[], Draw]
+    """Loads the policy."""
+
+
 def _sample(options: argparse.Namespace) -> None:
-    start = time.perf_counter()
     import torch
     import transformers
 
-    from common.config import validate
-    from data.images import Letterbox, read_image
     from data.tasks import get_task
-    from policy.folder import named_policy, trained_size
-    from policy.infer import InferConfig, Policy
+    from policy.base import is_base
+    from policy.folder import named_policy
 
     folder = named_policy(options.policy)
-    given = {"schedule": _given(options, "steps", "shift", "solver"), **_given(options, "seed", "count", "size")}
-    if recorded := trained_size(folder):
-        given.setdefault("size", recorded)
-    config = validate(InferConfig, given, "sample")
+    sampler = _of_base(folder, options) if is_base(folder) else _of_policy(folder, options)
     task = get_task(options.task)
     # Everything that can be wrong is checked before the policy loads.
     prompt = _prompt(task, options.prompt)
-    paths = _inputs(task, options)
     from_input = _takes_input_colours(task, options.colours)
-    outputs = _outputs(task, options.out, config.count, list(paths.values()))
-    pixels = {role: read_image(path) for role, path in paths.items()}
-    _check_mask(pixels, paths)
+    jobs = plan_jobs(task, options, sampler.count)
+    pixels = read_pictures(jobs[0]) if len(jobs) == 1 else None
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
     transformers.utils.logging.disable_progress_bar()  # of loading a text encoder that takes no time
-    policy = Policy(folder)
-    policy.check_size(config.size)
-    box = None
-    if picture := _picture(task):
-        height, width = pixels[picture].shape[:2]
-        box = Letterbox.fit(height, width, config.size, policy.patch, str(paths[picture]))
-    layers_GLCHW = policy.infer(task, _conditions(task, box, pixels), prompt, config)
-    for layers_LCHW, names in zip(layers_GLCHW, outputs, strict=True):
-        layers = [
-            _at_native_size(layer, box, pixels["image"] if from_input and role == "foreground" else None)
-            for layer, role in zip(layers_LCHW, task.targets, strict=True)
-        ]
-        _write(layers, names)
-    log.info("%d x %s in %.1f s: %r", config.count, task.name, time.perf_counter() - start, prompt)
+    draw = sampler.open()
+
+    def work(job: Job, pixels: "dict[str, np.ndarray]") -> None:
+        start = time.perf_counter()
+        layers_GLCHW, fit = draw(task, pixels, prompt, _where(task, job))
+        for layers_LCHW, names in zip(layers_GLCHW, job.outputs, strict=True):
+            layers = [
+                _at_native_size(layer, fit, pixels["image"] if from_input and role == "foreground" else None)
+                for layer, role in zip(layers_LCHW, task.targets, strict=True)
+            ]
+            write_layers(layers, task.targets, names)
+        log.info("%d x %s in %.1f s: %r", sampler.count, task.name, time.perf_counter() - start, prompt)
+
+    if pixels is not None:
+        work(jobs[0], pixels)
+    else:
+        _work_through(jobs, work)
+
+
+def _work_through(jobs: list[Job], work: "Callable[[Job, dict[str, np.ndarray]], None]") -> None:
+    """One bad picture does not keep the others from their results."""
+    failed: list[str] = []
+    for number, job in enumerate(jobs, start=1):
+        try:
+            work(job, read_pictures(job))
+        except DataError as error:
+            failed.append(str(error))
+            log.warning("picture %d of %d left out: %s", number, len(jobs), error)
+        else:
+            log.info("picture %d of %d", number, len(jobs))
+    if failed:
+        raise DataError(f"{len(failed)} of {len(jobs)} pictures were left out; first: {failed[0]}")
+
+
+def _of_policy(folder: Path, options: argparse.Namespace) -> Sampler:
+    """A policy that a stage wrote: it works on squares, in which pictures are letterboxed."""
+    from common.config import validate
+    from data.images import Letterbox
+    from policy.folder import trained_size
+    from policy.infer import InferConfig, Policy
+
+    given: dict[str, Any] = {"schedule": _given(options, "steps", "shift", "solver")}
+    given |= _given(options, "guidance", "negative", "seed", "count", "size")
+    if recorded := trained_size(folder):
+        given.setdefault("size", recorded)
+    config = validate(InferConfig, given, "sample")
+
+    def load() -> Draw:
+        policy = Policy(folder)
+        policy.check_size(config.size)
+
+        def draw(task: "Task", pixels: "dict[str, np.ndarray]", prompt: str, where: str) -> "tuple[Tensor, Fit | None]":
+            box = None
+            if picture := picture_role(task):
+                height, width = pixels[picture].shape[:2]
+                box = Letterbox.fit(height, width, config.size, policy.patch, where)
+            inputs = [] if box is None else [_in_square(role, box, pixels[role]) for role in task.inputs]
+            return policy.infer(task, inputs, prompt, config), box
+
+        return draw
+
+    return Sampler(config.count, load)
+
+
+def _of_base(folder: Path, options: argparse.Namespace) -> Sampler:
+    """A real base: it takes pictures of any size and scales them itself."""
+    import torch
+
+    from common.config import validate
+    from data.images import Stretch, native_mask
+    from policy.base import check_base
+    from policy.edit import EditConfig, EditPolicy, canvas
+
+    names = ("steps", "shift", "solver", "guidance", "negative", "seed", "count", "size")
+    config = validate(EditConfig, _given(options, *names), "sample")
+    check_base(folder)
+
+    def load() -> Draw:
+        policy = EditPolicy(folder, "cuda" if torch.cuda.is_available() else "cpu")
+
+        def draw(task: "Task", pixels: "dict[str, np.ndarray]", prompt: str, where: str) -> "tuple[Tensor, Fit | None]":
+            fit = None
+            if picture := picture_role(task):
+                height, width = pixels[picture].shape[:2]
+                fit = Stretch((height, width), canvas(height, width, config.size, where))
+            inputs = [
+                native_mask(image) if role == "mask" else torch.from_numpy(image).permute(2, 0, 1) / 255
+                for role, image in pixels.items()
+            ]
+            return policy.infer(task, inputs, prompt, config), fit
+
+        return draw
+
+    return Sampler(config.count, load)
+
+
+def _where(task: "Task", job: Job) -> str:
+    """The picture's file, for errors."""
+    role = picture_role(task)
+    return str(job.inputs[role]) if role else ""
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -98,21 +197,6 @@ def _prompt(task: "Task", given: str | None) -> str:
     return template
 
 
-def _inputs(task: "Task", options: argparse.Namespace) -> dict[str, Path]:
-    """Role -> file, exactly as the task table wants it."""
-    # Of the roles that share --input the task has at most one; "image" stands for them where it has none.
-    roles = {"--input": _picture(task) or "image", "--mask": "mask"}
-    given = {role: path for option, role in roles.items() if (path := getattr(options, option.strip("-"))) is not None}
-    if given.keys() != set(task.inputs):
-        wanted = " and ".join(OPTIONS[role] for role in task.inputs) or "no pictures, only --prompt"
-        missing = [OPTIONS[role] for role in task.inputs if role not in given]
-        superfluous = [OPTIONS[role] for role in given if role not in task.inputs]
-        remedy = [f"add {' and '.join(missing)}"] * bool(missing)
-        remedy += [f"leave out {' and '.join(superfluous)}"] * bool(superfluous)
-        raise ConfigError(f"{task.name} takes {wanted}; {', '.join(remedy)}")
-    return {role: given[role] for role in task.inputs}
-
-
 def _takes_input_colours(task: "Task", choice: str | None) -> bool:
     """Whether foregrounds show the input's colours. Matting cuts them out of it; other tasks paint what it hides."""
     if choice == "input" and not ("image" in task.inputs and task.foregrounds):
@@ -120,82 +204,18 @@ def _takes_input_colours(task: "Task", choice: str | None) -> bool:
     return choice == "input" or (choice is None and bool(task.inputs and task.foregrounds) and not task.backgrounds)
 
 
-def _picture(task: "Task") -> str | None:
-    """The role of the input that is no mask."""
-    return next((role for role in task.inputs if role != "mask"), None)
-
-
-def _outputs(task: "Task", out: Path, count: int, inputs: list[Path]) -> list[list[Path]]:
-    """Files of each sample: one layer is one file, several are numbered back to front and followed by the preview.
-
-    Makes the folder, so that one that cannot be written is known before the work.
-    """
-    from data.schema import storage_error
-
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out {out} must end in .png, which keeps layers and alpha without loss")
-    stems = [f"{out.stem}-{k + 1:0{len(str(count))}d}" for k in range(count)] if count > 1 else [out.stem]
-    parts = [f"-{k}-{role}" for k, role in enumerate(task.targets)] + ["-preview"] if len(task.targets) > 1 else [""]
-    files = [[out.with_name(f"{stem}{part}{out.suffix}") for part in parts] for stem in stems]
-    if taken := {path.resolve() for path in inputs} & {path.resolve() for names in files for path in names}:
-        raise ConfigError(f"--out would overwrite {taken.pop()}, which is an input; name another file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, out.parent) from error
-    return files
-
-
-def _check_mask(pixels: "dict[str, np.ndarray]", paths: dict[str, Path]) -> None:
-    from common.errors import DataError
-    from data.images import marked
-
-    if "mask" not in pixels:
-        return
-    sizes = {role: f"{image.shape[1]}x{image.shape[0]}" for role, image in pixels.items()}
-    if sizes["mask"] != sizes["image"]:
-        raise DataError(
-            f"{paths['mask']}: {sizes['mask']} pixels, but {paths['image']} has {sizes['image']}; a mask has its "
-            "picture's size"
-        )
-    if not marked(pixels["mask"]).any():
-        raise DataError(f"{paths['mask']}: marks nothing; paint the object white on black")
-
-
-def _conditions(task: "Task", box: "Letterbox | None", pixels: "dict[str, np.ndarray]") -> "list[Tensor]":
-    if box is None:
-        return []
+def _in_square(role: str, box: "Letterbox", pixels: "np.ndarray") -> "Tensor":
     import torch
 
-    def condition(role: str) -> "Tensor":
-        if role == "foreground":
-            return torch.from_numpy(box.layer(pixels[role])).permute(2, 0, 1) / 255
-        return box.mask(pixels[role]) if role == "mask" else box.image(pixels[role])
-
-    return [condition(role) for role in task.inputs]
+    if role == "foreground":
+        return torch.from_numpy(box.layer(pixels)).permute(2, 0, 1) / 255
+    return box.mask(pixels) if role == "mask" else box.image(pixels)
 
 
-def _at_native_size(layer: "Tensor", box: "Letterbox | None", photo: "np.ndarray | None") -> "np.ndarray":
+def _at_native_size(layer: "Tensor", fit: "Fit | None", photo: "np.ndarray | None") -> "np.ndarray":
     from data.images import cut_out, native_layer
     from data.rgba import to_uint8_hwc
 
-    if box is None:
+    if fit is None:
         return to_uint8_hwc(layer)
-    return native_layer(layer, box) if photo is None else cut_out(layer, box, photo)
-
-
-def _write(layers: "list[np.ndarray]", names: list[Path]) -> None:
-    from data.images import preview
-    from data.rgba import encode_png
-    from data.schema import storage_error
-
-    pictures = [*layers, preview(layers)] if len(layers) > 1 else layers
-    for picture, path in zip(pictures, names, strict=True):
-        temporary = path.with_name(f".{path.name}.tmp")  # a full disk leaves no half picture
-        try:
-            temporary.write_bytes(encode_png(picture))
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise storage_error(error, path) from error
-        log.info("wrote %s", path)
+    return native_layer(layer, fit) if photo is None else cut_out(layer, fit, photo)

@@ -6,13 +6,22 @@ inputs 0…n−1) shifted by m, which rotary embeddings do not see. Text starts 
 the stock model.
 """
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 from diffusers import QwenImageTransformer2DModel
 from pydantic import Field, model_validator
 
 from common.config import StrictConfig
+from common.errors import ConfigError
 
 PATCH = 2
+AXIS = 4096
+"""Places on each axis of the stock position embedding."""
+
+Stack: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
+"""K images: (B, K, C, H, W), or K of (B, C, H, W) whose sizes may differ."""
 
 
 class DitConfig(StrictConfig):
@@ -71,31 +80,85 @@ def from_tokens(tokens_BTC: torch.Tensor, k: int, h: int, w: int) -> torch.Tenso
     return patches.permute(0, 1, 4, 2, 5, 3, 6).reshape(b, k, channels // PATCH**2, h, w)
 
 
+def check_axis(sizes: Sequence[tuple[int, int]], text: int) -> None:
+    """Checks that a sequence has a place on the axes of the position embedding.
+
+    Args:
+        sizes: (height, width) of each image's latents, targets first.
+        text: number of text tokens.
+
+    Raises:
+        ConfigError: more layers, larger images or more text than the axes hold. The stock model would take them and
+            fail on the shape of a rotation, or not at all.
+    """
+    longest = max(max(size) for size in sizes) // PATCH
+    if len(sizes) > AXIS:
+        raise ConfigError(f"{len(sizes)} layers and inputs: the layer axis holds {AXIS}; ask for fewer layers")
+    if (longest + 1) // 2 + text > AXIS:  # images are centred on their axes, and text follows the longest half side
+        raise ConfigError(
+            f"images of {longest} patches a side with {text} text tokens: the model's axes hold {AXIS} places; "
+            "take smaller images or a shorter prompt"
+        )
+
+
+def velocities(
+    model: torch.nn.Module,
+    latents: Sequence[torch.Tensor],
+    sigma_B: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    text_BTD: torch.Tensor,
+    text_mask_BT: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Velocity of every target latent, each of its target's shape; images may differ in size.
+
+    Args:
+        model: the transformer, or an engine that forwards to it.
+        latents: of the M targets, back to front, each (B, C, H, W).
+        sigma_B: noise level of each sample in (0, 1]; also the model's timestep.
+        inputs: clean latents of the N condition images, each (B, C, H, W); N may be 0.
+        text_mask_BT: True where a text token is real; None where none is padding.
+
+    Raises:
+        ConfigError: the sequence does not fit the model's axes.
+    """
+    images = [*latents, *(image.to(latents[0].dtype) for image in inputs)]
+    sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+    check_axis(sizes, text_BTD.shape[1])
+    (output,) = model(
+        hidden_states=torch.cat([to_tokens(image[:, None]) for image in images], dim=1),
+        encoder_hidden_states=text_BTD,
+        encoder_hidden_states_mask=text_mask_BT,
+        # The stock pipelines count time in thousands and divide again; the model multiplies it by 1000 and shows even
+        # the last bit that this rounds.
+        timestep=sigma_B * 1000 / 1000,
+        img_shapes=[[(1, h // PATCH, w // PATCH) for h, w in sizes]] * len(images[0]),
+        return_dict=False,
+    )
+    targets = sizes[: len(latents)]
+    lengths = [(h // PATCH) * (w // PATCH) for h, w in targets]
+    parts = output[:, : sum(lengths)].split(lengths, dim=1)
+    return [from_tokens(part, 1, h, w)[:, 0] for part, (h, w) in zip(parts, targets, strict=True)]
+
+
 def velocity(
     model: torch.nn.Module,
     latents_BMCHW: torch.Tensor,
     sigma_B: torch.Tensor,
-    inputs_BNCHW: torch.Tensor,
+    inputs: Stack,
     text_BTD: torch.Tensor,
     text_mask_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Velocity of every target latent, shape of ``latents_BMCHW``.
+    """:func:`velocities` of targets of one size, shape of ``latents_BMCHW``; inputs may have other sizes."""
+    images = inputs.unbind(1) if isinstance(inputs, torch.Tensor) else inputs
+    return torch.stack(velocities(model, latents_BMCHW.unbind(1), sigma_B, images, text_BTD, text_mask_BT), dim=1)
 
-    Args:
-        model: the transformer, or an engine that forwards to it.
-        sigma_B: noise level of each sample in (0, 1]; also the model's timestep.
-        inputs_BNCHW: clean latents of the condition images, N may be 0.
-        text_mask_BT: True where a text token is real; None when none is padding.
-    """
-    b, m, _, h, w = latents_BMCHW.shape
-    sequence = to_tokens(torch.cat([latents_BMCHW, inputs_BNCHW.to(latents_BMCHW.dtype)], dim=1))
-    shape = (1, h // PATCH, w // PATCH)
-    (output,) = model(
-        hidden_states=sequence,
-        encoder_hidden_states=text_BTD,
-        encoder_hidden_states_mask=text_mask_BT,
-        timestep=sigma_B,
-        img_shapes=[[shape] * (m + inputs_BNCHW.shape[1])] * b,
-        return_dict=False,
-    )
-    return from_tokens(output[:, : m * shape[1] * shape[2]], m, h, w)
+
+def guided(velocity_BMCHW: torch.Tensor, negative_BMCHW: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance with rescaling: negative + scale·(velocity − negative), every token at the length that
+    it has without guidance. What ``true_cfg_scale`` does in diffusers' Qwen-Image pipelines."""
+    m, _, h, w = velocity_BMCHW.shape[1:]
+    tokens, negative = to_tokens(velocity_BMCHW), to_tokens(negative_BMCHW)
+    combined = negative + scale * (tokens - negative)
+    length, combined_length = (torch.norm(value, dim=-1, keepdim=True) for value in (tokens, combined))
+    tiny = torch.finfo(combined.dtype).tiny  # a still model has no direction to rescale
+    return from_tokens(combined * (length / combined_length.clamp_min(tiny)), m, h, w)

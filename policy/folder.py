@@ -5,6 +5,7 @@ the LoRA adapter of a stage that trained one, in PEFT's format. The text encoder
 version are recorded instead of a copy of its weights.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, QwenImageTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 from common.commit import file_checksum
 from common.errors import CheckpointError
@@ -25,6 +26,7 @@ from policy.adapters import (
     merge,
     save_adapter,
 )
+from policy.base import carry_over, is_base
 from policy.text import PACKAGE
 from policy.vae import ImageVae
 
@@ -37,20 +39,24 @@ def save_vae(folder: Path, vae: ImageVae) -> None:
     _write_index(folder)
 
 
-def save_policy(folder: Path, vae: AutoencoderKL, transformer: QwenImageTransformer2DModel) -> None:
+def save_policy(folder: Path, vae: ImageVae, transformer: QwenImageTransformer2DModel) -> None:
     """Writes ``vae/``, ``transformer/`` and the index."""
     vae.save_pretrained(folder / "vae")
     transformer.save_pretrained(folder / "transformer")
     _write_index(folder)
 
 
-def load_vae(folder: Path) -> AutoencoderKL:
-    """Loads ``vae/``.
+def load_vae(folder: Path) -> ImageVae:
+    """Loads ``vae/`` in float32, an ``AutoencoderKL`` or a real base's ``AutoencoderKLQwenImage``.
 
     Raises:
         CheckpointError: the folder holds no usable VAE.
     """
-    return _load(AutoencoderKL, folder, "vae")
+    kind = AutoencoderKL
+    with contextlib.suppress(OSError, ValueError, TypeError):  # what cannot be read is named below
+        if _class_name(folder / "vae") == AutoencoderKLQwenImage.__name__:
+            kind = AutoencoderKLQwenImage
+    return _load(kind, folder, "vae")
 
 
 def load_transformer(folder: Path) -> QwenImageTransformer2DModel:
@@ -89,21 +95,26 @@ def starting_policy(folder: Path, lora: LoraConfig | None, seed: int) -> QwenIma
 
 def export_policy(
     folder: Path,
-    vae: AutoencoderKL,
+    vae: ImageVae,
     module: torch.nn.Module,
     weights: Mapping[str, torch.Tensor],
     lora: LoraConfig | None,
     start: Path | None,
 ) -> None:
-    """Writes a policy folder: all ``weights``, or with ``lora`` the transformer of ``start`` and the adapter's."""
+    """Writes a policy folder: all ``weights``, or with ``lora`` the transformer of ``start`` and the adapter's.
+
+    Where ``start`` is a real base the folder is one too.
+    """
     if lora is None:
         transformer = QwenImageTransformer2DModel.from_config(module.config)
         transformer.load_state_dict(dict(weights))
         save_policy(folder, vae, transformer)
-        return
-    assert start is not None
-    save_policy(folder, vae, _load(QwenImageTransformer2DModel, start, "transformer"))
-    save_adapter(folder, weights, lora)
+    else:
+        assert start is not None
+        save_policy(folder, vae, _load(QwenImageTransformer2DModel, start, "transformer"))
+        save_adapter(folder, weights, lora)
+    if start is not None and is_base(start):
+        carry_over(start, folder)
 
 
 def shipped_policies() -> dict[str, Path]:
@@ -147,7 +158,7 @@ def _load(kind, folder: Path, part: str):
     if not (folder / part / "config.json").is_file():
         raise CheckpointError(f"{folder}: no {part}/ here; give a model folder written by an earlier stage")
     try:
-        found = dict(json.loads((folder / part / "config.json").read_text())).get("_class_name")
+        found = _class_name(folder / part)
         if found != kind.__name__:
             raise CheckpointError(
                 f"{folder / part}: is of class {found}, this version trains {kind.__name__}; name another folder"
@@ -155,6 +166,11 @@ def _load(kind, folder: Path, part: str):
         return kind.from_pretrained(folder, subfolder=part, local_files_only=True, torch_dtype=torch.float32)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / part}: cannot be loaded ({str(error).splitlines()[0]})") from None
+
+
+def _class_name(part: Path) -> str | None:
+    """The class that a part says it is of."""
+    return dict(json.loads((part / "config.json").read_text())).get("_class_name")
 
 
 def _write_index(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Reading VAEs that others trained: diffusers folders with an RGB VAE."""
+"""Reading models that others trained: diffusers folders, safetensors only."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -36,10 +37,25 @@ def load_rgb_vae(folder: Path) -> ImageVae:
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in IMAGE_CHANNELS:
         raise CheckpointError(f"{place}: a {kind}, not a VAE that is known; give one of {', '.join(IMAGE_CHANNELS)}")
-    dtype = _stored_dtype(_weight_files(place))
+    return load_model(getattr(diffusers, kind), place)
+
+
+def load_model(kind: Any, place: Path, weights: str = WEIGHTS) -> Any:
+    """Loads a model of diffusers or transformers for inference, in the dtype it is stored in.
+
+    Args:
+        kind: the model's class.
+        place: its folder, with ``config.json`` in it.
+        weights: name of the unsharded weights file.
+
+    Raises:
+        CheckpointError: weights missing, damaged, stored as pickles, or not those of ``config.json``.
+    """
+    dtype = _stored_dtype(weight_files(place, weights))
+    name = "torch_dtype" if weights == WEIGHTS else "dtype"  # what diffusers and transformers call it
     try:
-        model, report = getattr(diffusers, kind).from_pretrained(
-            place, local_files_only=True, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
+        model, report = kind.from_pretrained(
+            place, local_files_only=True, use_safetensors=True, output_loading_info=True, **{name: dtype}
         )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(
@@ -52,17 +68,17 @@ def load_rgb_vae(folder: Path) -> ImageVae:
     return model.eval()
 
 
-def _weight_files(place: Path) -> list[Path]:
-    """The safetensors files that diffusers would load.
+def weight_files(place: Path, weights: str = WEIGHTS) -> list[Path]:
+    """The safetensors files that a model is loaded from: ``weights``, or the shards that its index lists.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are none, or a shard is missing.
     """
-    if (place / WEIGHTS).is_file():
-        return [place / WEIGHTS]
-    index = place / f"{WEIGHTS}.index.json"
+    if (place / weights).is_file():
+        return [place / weights]
+    index = place / f"{weights}.index.json"
     if index.is_file():
-        return sorted(place.glob(f"{WEIGHTS.removesuffix('.safetensors')}-*.safetensors"))
+        return _shards(index)
     present = sorted(path.name for path in place.iterdir() if path.suffix in (*PICKLES, ".safetensors"))
     if any(name.endswith(PICKLES) for name in present):
         raise CheckpointError(
@@ -70,7 +86,20 @@ def _weight_files(place: Path) -> list[Path]:
             f"safetensors form of this model, or load it where you trust it and `save_pretrained(…, "
             f"safe_serialization=True)`"
         )
-    raise CheckpointError(f"{place}: no {WEIGHTS} here (found: {', '.join(present) or 'no weights'}); fetch it again")
+    raise CheckpointError(f"{place}: no {weights} here (found: {', '.join(present) or 'no weights'}); fetch it again")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: cannot be read ({error}); fetch it again") from None
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(
+            f"{index.parent}: {len(missing)} of {len(names)} weight files are missing, among them {missing[0]}; "
+            "fetch them"
+        )
+    return [index.parent / name for name in names]
 
 
 def _stored_dtype(files: list[Path]) -> torch.dtype:

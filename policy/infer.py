@@ -11,7 +11,7 @@ from common.errors import ConfigError, NumericsError
 from data.tasks import Task
 from policy.dit import PATCH
 from policy.folder import load_transformer, load_vae
-from policy.sampling import Condition, denoise, member_noise
+from policy.sampling import Condition, Guidance, denoise, member_noise
 from policy.schedule import ScheduleConfig
 from policy.text import TextEncoder
 from policy.vae import LatentCodec
@@ -22,6 +22,10 @@ class InferConfig(StrictConfig):
 
     schedule: ScheduleConfig = ScheduleConfig()
     """Noise levels and solver; every step is an ODE step."""
+    guidance: float = Field(1.0, ge=1)
+    """Scale of classifier-free guidance with rescaling; 1 is none."""
+    negative: str = ""
+    """What guidance leads away from; the empty prompt is what training drops prompts to."""
     seed: int = 0
     """Of the initial noise."""
     count: int = Field(1, ge=1)
@@ -80,10 +84,17 @@ class Policy:
         latents_NCHW = self._codec.encode_stack(inputs, config.size, config.size)
         shape = (len(task.targets), *latents_NCHW.shape[1:])
         condition = Condition(latents_NCHW[None], self._text.encode(prompt)[None])
+        guidance = None
+        if config.guidance > 1:
+            negative = Condition(latents_NCHW[None], self._text.encode(config.negative)[None])
+            guidance = Guidance(negative, config.guidance)
         layers = []
         for number in range(config.count):
             initial = member_noise(shape, config.seed, 0, 0, number, "sample")[None]
-            result = denoise(self._model, condition, initial, config.schedule.sigmas(), solver=config.schedule.solver)
+            schedule = config.schedule
+            result = denoise(
+                self._model, condition, initial, schedule.sigmas(), solver=schedule.solver, guidance=guidance
+            )
             layers.append(self._codec.decode(result.latents_BMCHW[0]))
         layers_GLCHW = torch.stack(layers)
         if not torch.isfinite(layers_GLCHW).all():

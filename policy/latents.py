@@ -17,6 +17,7 @@ from common.commit import storage_errors
 from common.errors import CheckpointError
 from data.records import RecordDataset
 from policy.folder import load_vae
+from policy.vae import latent_channels, posterior_means
 
 ENCODE_BATCH = 64
 
@@ -97,7 +98,7 @@ def encode_records(
 
     def flush() -> None:
         with torch.no_grad():
-            means = vae.encode(torch.stack(list(waiting.values())) * 2 - 1).latent_dist.mean
+            means = posterior_means(vae, torch.stack(list(waiting.values())))
         latents.update(zip(waiting, means.to(torch.float16), strict=True))
         waiting.clear()
 
@@ -111,7 +112,7 @@ def encode_records(
     if waiting:
         flush()
     if not latents:  # fewer images than workers
-        channels = int(vae.config.latent_channels)
+        channels = latent_channels(vae)
         return LatentSums(0, torch.zeros(channels).double(), torch.zeros(channels).double())
     write_latent_shard(out, latents)
     stacked = torch.stack(list(latents.values())).double()

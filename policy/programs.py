@@ -18,11 +18,13 @@ from data.records import RecordDataset
 from data.sampler import Draw
 from data.seeding import seed_for
 from policy.adapters import LoraConfig
+from policy.conditions import ConditionCache, open_encoder
 from policy.dit import DitConfig, build_dit, velocity
 from policy.folder import export_policy, load_vae, starting_policy
 from policy.latents import LatentCache
 from policy.objectives import flow_matching_pair, shifted_times
-from policy.text import TEXT_DIM, TextEncoder
+from policy.text import TEXT_DIM, pad_states
+from policy.vae import latent_channels
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class SftProgram:
         statistics = self._vae.config
         self._cache = LatentCache(vae_stage / "latents", statistics.latents_mean, statistics.latents_std)
         self._data = RecordDataset(dataset, "train")
-        self._text = TextEncoder()
+        self._text = open_encoder(start, vae_stage / "conditions")
 
     def micro_batches(self, payload: Batch, extra: None = None) -> Sequence[Batch]:
         return (payload,)
@@ -108,7 +110,7 @@ class SftProgram:
         times = shifted_times(torch.rand(len(indices), generator=generator), self._config.shift)
         dropped = torch.rand(len(indices), generator=generator) < self._config.prompt_dropout
         prompts = ["" if drop else self._data.prompt(i) for i, drop in zip(indices, dropped, strict=True)]
-        text, mask = self._text.encode_batch(prompts)
+        text, mask = pad_states([self._states(i, prompt) for i, prompt in zip(indices, prompts, strict=True)])
         noisy, target = flow_matching_pair(clean, noise, times)
         output = velocity(model, noisy, times, torch.stack(inputs), text, mask)
         errors_B = ((output.float() - target) ** 2).flatten(1).mean(1)
@@ -116,6 +118,12 @@ class SftProgram:
 
     def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         export_policy(folder, self._vae, self.module, weights, self._lora, self._start)
+
+    def _states(self, index: int, prompt: str) -> torch.Tensor:
+        if not isinstance(self._text, ConditionCache):  # it reads the prompt alone
+            return self._text.encode(prompt)
+        digests = [image.digest for image in self._data.cheap(index).inputs]
+        return self._text.lookup(prompt, digests, lambda: self._data.record(index).decode().inputs).float()
 
     def _latents(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         record = self._data.cheap(index)
@@ -139,7 +147,7 @@ def make_sft_program(
     Raises:
         ConfigError: the transformer of ``start`` works on other latents than the VAE stage's.
     """
-    channels = int(load_vae(vae_stage / "model").config.latent_channels)
+    channels = latent_channels(load_vae(vae_stage / "model"))
     if start is None:
         transformer = build_dit(network, channels, TEXT_DIM, seed_for(seed, "transformer weights"))
     else:

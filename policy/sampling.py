@@ -2,21 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from data.seeding import seed_for
-from policy.dit import velocity
+from policy.dit import Stack, guided, velocity
 from policy.kernels import KernelConfig, dpm_step, ode_step, transition
+from policy.schedule import Solver
 
 
 @dataclass(frozen=True)
 class Condition:
     """What a batch of samples is conditioned on."""
 
-    inputs_BNCHW: torch.Tensor
-    """Normalised latents of the input images."""
+    inputs_BNCHW: Stack
+    """Normalised latents of the input images; N tensors (B, C, H, W) where their sizes differ."""
     text_BTD: torch.Tensor
     """Text states."""
     text_mask_BT: torch.Tensor | None = None
@@ -25,7 +25,22 @@ class Condition:
     def expand(self, count: int) -> "Condition":
         """Repeats a batch of one for every member of a group."""
         mask = None if self.text_mask_BT is None else self.text_mask_BT.expand(count, -1)
-        return Condition(self.inputs_BNCHW.expand(count, -1, -1, -1, -1), self.text_BTD.expand(count, -1, -1), mask)
+        inputs: Stack
+        if isinstance(self.inputs_BNCHW, torch.Tensor):
+            inputs = self.inputs_BNCHW.expand(count, -1, -1, -1, -1)
+        else:
+            inputs = [image.expand(count, -1, -1, -1) for image in self.inputs_BNCHW]
+        return Condition(inputs, self.text_BTD.expand(count, -1, -1), mask)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: away from another condition."""
+
+    negative: Condition
+    """Same inputs, the text to move away from."""
+    scale: float
+    """1 is no guidance; see :func:`policy.dit.guided`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,8 @@ def denoise(
     kernel: KernelConfig | None = None,
     noise: Callable[[int], torch.Tensor] | None = None,
     storage: torch.dtype = torch.float32,
-    solver: Literal["euler", "dpm2m"] = "euler",
+    solver: Solver = "euler",
+    guidance: Guidance | None = None,
 ) -> Trajectory:
     """Integrates from noise at σ = 1 to clean latents.
 
@@ -69,7 +85,15 @@ def denoise(
         storage: dtype in which window states are kept. States are rounded to it before their density is computed,
             so a replay of the stored states meets exactly the same numbers.
         solver: of the ODE steps. A step after a stochastic one is of first order: the noise broke the history.
+        guidance: doubles the work of a step.
     """
+
+    def predict(latents: torch.Tensor, sigma: float) -> torch.Tensor:
+        sigma_B = torch.full((len(latents),), sigma, dtype=latents.dtype, device=latents.device)
+        conditions = [condition] if guidance is None else [condition, guidance.negative]
+        found = [velocity(model, latents, sigma_B, c.inputs_BNCHW, c.text_BTD, c.text_mask_BT) for c in conditions]
+        return found[0] if guidance is None else guided(found[0], found[1], guidance.scale)
+
     latents, previous = initial_BMCHW, None
     states: list[torch.Tensor] = []
     log_probs: list[torch.Tensor] = []
@@ -79,14 +103,7 @@ def denoise(
         if step in window:
             latents = latents.to(storage).to(initial_BMCHW.dtype)
             states.append(latents.to(storage))
-        v = velocity(
-            model,
-            latents,
-            torch.full((len(latents),), sigma, dtype=latents.dtype),
-            condition.inputs_BNCHW,
-            condition.text_BTD,
-            condition.text_mask_BT,
-        ).to(latents.dtype)
+        v = predict(latents, sigma).to(latents.dtype)
         if step in window:
             assert kernel is not None
             assert noise is not None

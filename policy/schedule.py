@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from common.config import StrictConfig
 from data.seeding import seed_for
 
+Solver = Literal["euler", "dpm2m"]
+
 
 class ScheduleConfig(StrictConfig):
     """The sequence of noise levels σ from 1 to 0."""
@@ -16,7 +18,7 @@ class ScheduleConfig(StrictConfig):
     """Number of denoising steps N."""
     shift: float = Field(3.0, gt=0)
     """Time shift k: σ = k·u / (1 + (k − 1)u) over an even grid of u (the paper's code uses 3)."""
-    solver: Literal["euler", "dpm2m"] = "euler"
+    solver: Solver = "euler"
     """ODE steps: first-order Euler, or the second-order multistep DPM-Solver++ (2M)."""
 
     def sigmas(self) -> list[float]:

@@ -13,6 +13,15 @@ TEXT_DIM = 384
 MAX_TOKENS = 48
 
 
+def pad_states(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States (T, D) of several prompts padded to the longest, (B, T, D), and the mask (B, T), None where none is."""
+    lengths = [len(state) for state in states]
+    text_BTD = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+    if min(lengths) == max(lengths):
+        return text_BTD, None
+    return text_BTD, torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+
+
 class TextEncoder:
     """Prompt → last hidden states. Each distinct prompt is encoded once, on its own, without padding."""
 
@@ -22,8 +31,8 @@ class TextEncoder:
         self._model = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
         self._cached = lru_cache(maxsize=16384)(self._encode)
 
-    def encode(self, prompt: str) -> torch.Tensor:
-        """Hidden states of one prompt, (T, 384) float32, T ≤ 48 with the two special tokens."""
+    def encode(self, prompt: str, inputs: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """Hidden states of one prompt, (T, 384) float32, T ≤ 48 with the two special tokens; it sees no ``inputs``."""
         return self._cached(prompt)
 
     def sentence(self, text: str) -> torch.Tensor:
@@ -31,13 +40,8 @@ class TextEncoder:
         return torch.nn.functional.normalize(self.encode(text).mean(dim=0), dim=0)
 
     def encode_batch(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states (B, T, 384) padded to the longest prompt, and the mask (B, T), None where none is padded."""
-        states = [self.encode(prompt) for prompt in prompts]
-        lengths = [len(state) for state in states]
-        text_BTD = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-        if min(lengths) == max(lengths):
-            return text_BTD, None
-        return text_BTD, torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        """Hidden states (B, T, 384) of prompts and their mask; see :func:`pad_states`."""
+        return pad_states([self.encode(prompt) for prompt in prompts])
 
     @torch.no_grad()
     def _encode(self, prompt: str) -> torch.Tensor:

@@ -120,6 +120,19 @@ def set_latent_statistics(vae: AutoencoderKL, mean_C: torch.Tensor, std_C: torch
     )
 
 
+def latent_channels(vae: ImageVae) -> int:
+    """Channels of a VAE's latents."""
+    return int(vae.config.z_dim if isinstance(vae, AutoencoderKLQwenImage) else vae.config.latent_channels)
+
+
+def posterior_means(vae: ImageVae, layers_BCHW: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] → raw posterior means (B, C, H/f, W/f), as the VAE has them."""
+    pixels = layers_BCHW * 2 - 1
+    if isinstance(vae, AutoencoderKLQwenImage):
+        return vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
+    return vae.encode(pixels).latent_dist.mean
+
+
 class LatentCodec:
     """Layers ↔ normalised latents.
 
@@ -127,20 +140,22 @@ class LatentCodec:
         CheckpointError: the VAE carries no measured latent statistics.
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: ImageVae) -> None:
         if vae.config.latents_mean is None or vae.config.latents_std is None:
             raise CheckpointError("the VAE has no latents_mean/latents_std; run `omnialpha vae` to measure them")
         self.vae = vae.eval().requires_grad_(False)
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.channels = int(vae.config.latent_channels)
+        self._video = isinstance(vae, AutoencoderKLQwenImage)
+        halvings = len(vae.temperal_downsample) if self._video else len(vae.config.block_out_channels) - 1
+        self.factor = 2**halvings
+        self.channels = latent_channels(vae)
         self._mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1)
         self._std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
 
     @torch.no_grad()
     def encode(self, layers_BCHW: torch.Tensor) -> torch.Tensor:
         """(B, 4, H, W) in [0, 1] → posterior means (B, C, H/f, W/f), normalised."""
-        mean = self.vae.encode(layers_BCHW * 2 - 1).latent_dist.mean
-        return (mean - self._mean) / self._std
+        mean = posterior_means(self.vae, layers_BCHW)
+        return (mean - self._mean.to(mean)) / self._std.to(mean)
 
     def encode_stack(self, images: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:
         """Latents (N, C, height/f, width/f) of N images (4, height, width); N may be 0."""
@@ -155,5 +170,7 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         """Inverse of :meth:`encode`: layers in [0, 1], clamped."""
-        pixels = self.vae.decode(latents_BCHW * self._std + self._mean).sample
+        latents = latents_BCHW * self._std.to(latents_BCHW) + self._mean.to(latents_BCHW)
+        pixels = self.vae.decode(latents[:, :, None] if self._video else latents).sample
+        pixels = pixels[:, :, 0] if self._video else pixels
         return ((pixels + 1) / 2).clamp(0, 1)

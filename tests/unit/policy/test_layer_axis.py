@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import CHANNELS, DIT, TEXT, live_dit, make_condition, normal
 from torch import nn
 
-from policy.dit import build_dit, from_tokens, to_tokens, velocity
+from common.errors import ConfigError
+from policy import dit
+from policy.dit import build_dit, check_axis, from_tokens, guided, to_tokens, velocities, velocity
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 
@@ -144,6 +146,49 @@ def test_velocity_is_the_output_at_the_targets_places_alone():
 @pytest.mark.parametrize(("targets", "inputs"), [(1, 0), (1, 1), (3, 2)])
 def test_velocity_has_the_shape_of_the_targets_with_any_number_of_inputs(model, targets, inputs):
     assert run(model, targets=targets, inputs=inputs).shape == (2, targets, CHANNELS, 4, 4)
+
+
+def test_targets_and_inputs_of_different_sizes_stand_in_one_sequence(model, seen):
+    targets = [normal(2, CHANNELS, h, w, seed=h * w) for h, w in ((4, 6), (2, 8))]
+    inputs = [normal(2, CHANNELS, h, w, seed=h * w + 1) for h, w in ((6, 2), (4, 4), (2, 2))]
+    text, times = normal(2, 5, TEXT), torch.tensor([0.2, 0.9])
+    found = velocities(model, targets, times, inputs, text)
+    assert seen["img_shapes"] == [[(1, 2, 3), (1, 1, 4), (1, 3, 1), (1, 2, 2), (1, 1, 1)]] * 2
+    images = [to_tokens(image[:, None]) for image in (*targets, *inputs)]
+    assert torch.equal(seen["hidden_states"], torch.cat(images, dim=1))
+    assert [value.shape for value in found] == [value.shape for value in targets]
+    assert all(
+        torch.equal(*pair) for pair in zip(velocities(Echo(), targets, times, inputs, text), targets, strict=True)
+    )
+    # The smaller target alone, of which a shorter stack is one size.
+    alone = velocity(model, targets[1][:, None], times, inputs, text)
+    assert torch.equal(alone[:, 0], velocities(model, targets[1:], times, inputs, text)[0])
+
+
+def test_what_the_axes_do_not_hold_is_refused(model):
+    table = model.pos_embed.pos_freqs.shape[0], model.pos_embed.neg_freqs.shape[0]
+    assert table == (dit.AXIS, dit.AXIS)
+    check_axis([(4, 4)] * dit.AXIS, 100)
+    with pytest.raises(ConfigError, match="4097 layers and inputs: the layer axis holds 4096"):
+        check_axis([(4, 4)] * (dit.AXIS + 1), 100)
+    check_axis([(4, 400)], dit.AXIS - 100)
+    with pytest.raises(ConfigError, match="images of 200 patches a side with 3997 text tokens"):
+        check_axis([(4, 400)], dit.AXIS - 99)
+    with pytest.raises(ConfigError, match="shorter prompt"):
+        velocity(model, normal(1, 1, CHANNELS, 2, 2), torch.ones(1), [], normal(1, dit.AXIS + 1, TEXT))
+
+
+def test_guidance_leads_away_from_the_negative_at_every_tokens_own_length():
+    plain, negative = normal(2, 2, CHANNELS, 4, 6, seed=1), normal(2, 2, CHANNELS, 4, 6, seed=2)
+    assert torch.allclose(guided(plain, negative, 1.0), plain, atol=1e-6)
+    assert torch.allclose(guided(plain, plain, 4.0), plain, atol=1e-6)
+    away = guided(plain, negative, 4.0)
+    lengths = [to_tokens(value).norm(dim=-1) for value in (away, plain)]
+    torch.testing.assert_close(*lengths)
+    expected = negative + 4 * (plain - negative)
+    direction = [torch.nn.functional.normalize(to_tokens(value), dim=-1) for value in (away, expected)]
+    torch.testing.assert_close(*direction)
+    assert not guided(torch.zeros_like(plain), torch.zeros_like(plain), 4.0).any()  # a fresh model is still
 
 
 def test_the_order_of_inputs_and_of_layers_matters(model):

@@ -99,7 +99,10 @@ def test_a_converted_vae_of_the_projects_own_class_loads_as_such(tmp_path):
 
 def test_a_vae_of_another_class_is_refused_where_training_would_load_it(tmp_path):
     qwen_vae(4).save_pretrained(tmp_path / "vae")
-    with pytest.raises(CheckpointError, match="is of class AutoencoderKLQwenImage, this version trains"):
+    assert torch.equal(load_vae(tmp_path).decoder.conv_in.weight, qwen_vae(4).decoder.conv_in.weight)
+    settings = tmp_path / "vae" / "config.json"
+    settings.write_text(settings.read_text().replace("AutoencoderKLQwenImage", "AutoencoderTiny"))
+    with pytest.raises(CheckpointError, match="is of class AutoencoderTiny, this version trains"):
         load_vae(tmp_path)
 
 

@@ -16,9 +16,9 @@ DIT = DitConfig(layers=2, heads=2, head_dim=12, rope_axes=(4, 4, 4))
 VAE = VaeConfig(channels=(8, 16), latent_channels=CHANNELS, norm_groups=4)
 
 
-def live_dit(seed: int = 0, text_dim: int = TEXT) -> nn.Module:
+def live_dit(seed: int = 0, text_dim: int = TEXT, channels: int = CHANNELS) -> nn.Module:
     """A transformer away from its initialisation, which would give zero velocity."""
-    model = build_dit(DIT, CHANNELS, text_dim, seed).eval()
+    model = build_dit(DIT, channels, text_dim, seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -33,19 +33,19 @@ def measured_vae(seed: int = 0) -> nn.Module:
     return vae
 
 
-def qwen_vae(channels: int = 3, seed: int = 5) -> AutoencoderKLQwenImage:
+def qwen_vae(channels: int = 3, seed: int = 5, latents: int = CHANNELS) -> AutoencoderKLQwenImage:
     """The class of Qwen-Image's VAE with random weights, f8 as the real one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKLQwenImage(
             base_dim=4,
-            z_dim=CHANNELS,
+            z_dim=latents,
             dim_mult=[1, 2, 2, 2],
             num_res_blocks=1,
             temperal_downsample=[False, True, True],
             input_channels=channels,
-            latents_mean=[0.1, 0.2, 0.3, 0.4],
-            latents_std=[1.0, 2.0, 3.0, 4.0],
+            latents_mean=[0.1 * (k + 1) for k in range(latents)],
+            latents_std=[1.0 + k for k in range(latents)],
         )
     return vae.eval().requires_grad_(False)
 
