@@ -58,7 +58,7 @@ def render_plan(config: RunConfig) -> str:
 
 def _needs(config: RunConfig) -> list[str]:
     """What a step of SFT holds and computes on each learner rank."""
-    found, ranks = sft_footprint(config), config.cluster.learner.actors
+    found, ranks, stage = sft_footprint(config), config.cluster.learner.actors, config.sft.zero_stage
     parts = {
         "frozen weights": found.base_bytes,
         "trained weights": found.trained_bytes,
@@ -71,8 +71,7 @@ def _needs(config: RunConfig) -> list[str]:
     return [
         f"needs of sft on each of {ranks} learner ranks, at most {_images(config)} images a record:",
         *(f"  {name:17s}{size / 2**30:9.3f} GiB" for name, size in parts.items()),
-        f"  {'with ZeRO ' + str(config.sft.zero_stage):17s}{found.per_rank(config.sft.zero_stage, ranks) / 2**30:9.3f} GiB, "
-        "plus what libraries and fragmentation take",
+        f"  {f'with ZeRO {stage}':17s}{found.per_rank(stage, ranks) / 2**30:9.3f} GiB, and what libraries take",
         f"  {'step':17s}{flops / 1e12:9.3f} TFLOP: {flops / SPEED:.3g} s at {SPEED / 1e12:g} TFLOP/s (40 % of an H200)",
     ]
 
@@ -80,7 +79,7 @@ def _needs(config: RunConfig) -> list[str]:
 def sft_footprint(config: RunConfig) -> Footprint:
     """Counts of a step of SFT for the largest task of its mix; nothing is allocated.
 
-    The transformer is the one in ``sft.start``; where that folder is not on this machine, ``sft.network`` stands for it.
+    The transformer is the one in ``sft.start``; where that folder is not here, ``sft.network`` stands for it.
     """
     sft = config.sft
     settings, side, words = _transformer(config), config.data.size // config.vae.network.factor, MAX_TOKENS

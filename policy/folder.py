@@ -137,8 +137,9 @@ def trained_size(folder: Path) -> int | None:
 
 
 def export_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Writes a copy of a policy folder whose weights are stored in ``dtype``, an adapter merged; of a real base's policy
-    the copy is a folder that diffusers' own pipeline opens.
+    """Writes a copy of a policy folder whose weights are stored in ``dtype``, an adapter merged.
+
+    Of a real base's policy the copy is a folder that diffusers' own pipeline opens.
 
     Raises:
         CheckpointError: ``source`` holds no policy.
@@ -169,9 +170,9 @@ def check_opens_in_diffusers(source: Path) -> None:
     """
     if not is_base(source):
         raise CheckpointError(
-            f"{source}: no pipeline of diffusers opens it: its VAE is a {_class_name(source / 'vae')} where Qwen-Image's "
-            f"pipelines call an AutoencoderKLQwenImage (3D), and its text encoder is {PACKAGE}; --form policy writes its "
-            "parts, which open one by one with from_pretrained; or train from a real base (docs/real-base.md)"
+            f"{source}: no pipeline of diffusers opens it: its VAE is an {_class_name(source / 'vae')} where those of "
+            f"Qwen-Image call an AutoencoderKLQwenImage (3D), and its text encoder is {PACKAGE}; --form policy writes "
+            "its parts, which open one by one with from_pretrained; or train from a real base (docs/real-base.md)"
         )
 
 

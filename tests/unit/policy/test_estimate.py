@@ -44,10 +44,8 @@ def test_the_count_is_within_a_tenth_of_the_tensors_of_a_real_step(lora):
     optimiser = torch.optim.AdamW(trained)
     optimiser.step()
     moments = [v for state in optimiser.state.values() for k, v in state.items() if k != "step"]
-    sizes = [
-        sum(t.numel() * t.element_size() for t in tensors)
-        for tensors in (list(model.parameters()), [p.grad for p in trained], moments, [latents, text])
-    ]
+    held = (list(model.parameters()), [p.grad for p in trained], moments, [latents, text])
+    sizes = [sum(t.numel() * t.element_size() for t in tensors) for tensors in held]
     found = footprint(dict(model.config), lora, 2, 3, 16, 8)
     assert found.base_bytes + found.trained_bytes == sizes[0]
     assert found.trained_bytes == sizes[1]

@@ -37,10 +37,10 @@ def output(model):
     return velocity(model, latents, torch.tensor([0.9, 0.3]), inputs, normal(2, 5, WIDTH, seed=5))
 
 
-def trained_three_steps(config=LoraConfig(rank=4, alpha=6), seed=0):
+def trained_three_steps(seed=0):
     """A transformer whose adapter took three optimiser steps on the objective of SFT."""
     model = fresh()
-    add_lora(model, config, seed)
+    add_lora(model, LoraConfig(rank=4, alpha=6), seed)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for step in range(3):
         times = torch.tensor([0.2, 0.7])
@@ -133,15 +133,14 @@ def test_the_released_layout_becomes_a_policy_folder_that_computes_the_same(tmp_
 FIRST = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
 
 
+NAMES = {"first": FIRST, "strange": "unet.x.lora_A.weight", "alpha": FIRST.replace("lora_A.weight", "alpha")}
+
+
 def change(**updates):
     def damage(file):
         state = load_file(file)
         for name, value in updates.items():
-            name = {
-                "first": FIRST,
-                "strange": "unet.x.lora_A.weight",
-                "alpha": FIRST.replace("lora_A.weight", "alpha"),
-            }[name]
+            name = NAMES[name]
             state = {k: v for k, v in state.items() if k != name} if value is None else state | {name: value(state)}
         save_file(state, file)
 
