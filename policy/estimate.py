@@ -13,7 +13,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from policy.adapters import LoraConfig, add_lora
-from policy.dit import velocity
+from policy.dit import PATCH, velocity
 
 ADAM_BYTES = 8
 """Two float32 moments of a trained weight."""
@@ -75,26 +75,35 @@ def footprint(
 
 
 def _counted(settings, lora, layers, batch, images, side, text_tokens, dtype) -> tuple[int, ...]:
-    before = torch.get_default_dtype()
-    # Fakes cannot be converted after they are made: they are made in the dtype they are to have.
-    torch.set_default_dtype(dtype)
-    try:
-        with FakeTensorMode():
-            model = QwenImageTransformer2DModel.from_config({**settings, "num_layers": layers})
-            if lora is not None:
-                add_lora(model, lora, 0)
-            channels = model.config.in_channels // 4
-            latents = torch.zeros(batch, images, channels, side, side)
-            text = torch.zeros(batch, text_tokens, model.config.joint_attention_dim)
-            kept, flops = _forward(model, latents, text)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel.from_config({**settings, "num_layers": layers})
+        if lora is not None:
+            add_lora(model, lora, 0)
+    with FakeTensorMode():
+        _put_on_cpu(model, dtype)
+        channels = model.config.in_channels // PATCH**2
+        latents = torch.zeros(batch, images, channels, side, side, dtype=dtype)
+        text = torch.zeros(batch, text_tokens, model.config.joint_attention_dim, dtype=dtype)
+        kept, flops = _forward(model, latents, text)
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     held = _bytes(latents) + _bytes(text)
     count = sum(p.numel() for p in trained)
     trained_bytes = sum(p.numel() * (4 if lora else p.element_size()) for p in trained)
     return sum(map(_bytes, frozen)), trained_bytes, ADAM_BYTES * count, kept, held, flops, count
+
+
+def _put_on_cpu(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Gives a model on the meta device fakes of tensors on the CPU, where attention is fused; on meta it is not."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                fake = torch.empty(value.shape, dtype=dtype)
+                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
+    positions = model.pos_embed  # diffusers keeps its tables as plain attributes
+    for name in ("pos_freqs", "neg_freqs"):
+        table = getattr(positions, name)
+        setattr(positions, name, torch.empty(table.shape, dtype=table.dtype))
 
 
 def _forward(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) -> tuple[int, int]:
@@ -119,7 +128,7 @@ def _forward(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) 
         velocity(model, latents[:, :1], torch.ones(len(latents), dtype=latents.dtype), latents[:, 1:], text)
     for hook in hooks:
         hook.remove()
-    tokens = latents.shape[1] * (latents.shape[-1] // 2) ** 2 + text.shape[1]
+    tokens = latents.shape[1] * (latents.shape[-1] // PATCH) ** 2 + text.shape[1]
     width = model.config.num_attention_heads * model.config.attention_head_dim
     # Scores and their product with the values: two products of tokens x tokens x width.
     attention = 4 * len(latents) * tokens**2 * width * model.config.num_layers
