@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ray
+import torch
 from pydantic import Field
 
 from common.config import StrictConfig
@@ -22,6 +23,8 @@ class RoleConfig(StrictConfig):
     """Number of processes."""
     cpus: float = Field(1.0, gt=0)
     """Ray CPUs reserved by each. Roles that never work at the same time may share a core by fractions."""
+    gpus: float = Field(0.0, ge=0)
+    """Ray GPUs reserved by each; a fraction shares one."""
     threads: int = Field(1, ge=1)
     """Torch threads of each."""
 
@@ -65,7 +68,10 @@ class PlacementRow:
 def placement(config: ClusterConfig) -> list[PlacementRow]:
     """What the configured roles reserve, role by role."""
     roles = {"learner": config.learner, "rollout": config.rollout, "reward": config.reward}
-    return [PlacementRow(name, role.actors, role.actors * role.cpus) for name, role in roles.items()]
+    return [
+        PlacementRow(name, role.actors, role.actors * role.cpus, role.actors * role.gpus)
+        for name, role in roles.items()
+    ]
 
 
 def check_placement(rows: Sequence[PlacementRow], cpus: float, gpus: float | None = None) -> None:
@@ -79,7 +85,7 @@ def check_placement(rows: Sequence[PlacementRow], cpus: float, gpus: float | Non
     Raises:
         PlacementError: what is asked for, role by role, and what there is.
     """
-    remedy = "lower cluster.*.actors or cluster.*.cpus"
+    remedy = "lower cluster.*.actors, cluster.*.cpus or cluster.*.gpus"
     if any(row.role.startswith("scorer ") for row in rows):
         remedy += ", or the resources of rewards.terms"
     for kind, offered in (("CPU", cpus), ("GPU", gpus)):
@@ -109,7 +115,7 @@ def connected(config: ClusterConfig, scorers: Sequence[PlacementRow] = ()) -> It
     rows = [*placement(config), *scorers]
     _reach(address)
     if address == "local":
-        check_placement(rows, config.cpus or os.cpu_count() or 1)
+        check_placement(rows, config.cpus or os.cpu_count() or 1, torch.cuda.device_count())
     options: dict = {}
     if address == "local":
         options = {

@@ -251,7 +251,7 @@ class LearnerGroup:
 
     def _start(self) -> None:
         config, role = self._config, self._config.learner
-        actor = ray.remote(num_cpus=role.cpus)(LearnerRank)
+        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(LearnerRank)
         self._ranks = [actor.remote(rank, role.threads) for rank in range(self.world)]
         asked = self._ranks[0].address.remote(LOOPBACK if one_node() else None, config.learner_port)
         ((address, port),) = wait_all([asked], "rank 0 to start", self._deadline)

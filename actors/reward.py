@@ -190,7 +190,7 @@ class RewardPool:
         """
         role, isolated = config.reward, isolated_terms(rewards)
         self._config = rewards
-        actor = ray.remote(num_cpus=role.cpus)(RewardActor)
+        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RewardActor)
         self.crew = Crew(
             "reward",
             lambda: actor.remote(rewards, role.threads),

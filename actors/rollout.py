@@ -230,7 +230,7 @@ class RolloutPool:
     def __init__(self, config: ClusterConfig, setup: RolloutSetup, notify: Notify = unheard) -> None:
         """``notify`` hears of losses and replacements."""
         role = config.rollout
-        actor = ray.remote(num_cpus=role.cpus)(RolloutActor)
+        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RolloutActor)
         self._weights: Weights | None = None
         self.crew = Crew(
             "rollout",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, OmniAlphaError
-from pipeline import data_import, export, judge_commands, report, reward_commands, sample, status, vae_convert
+from pipeline import data_import, export, judge_commands, release, report, reward_commands, sample, status, vae_convert
 
 log = logging.getLogger("omnialpha")
 
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     judge_commands.register(commands)
     sample.register(commands)
     export.register(commands)
+    release.register(commands)
     vae_convert.register(commands)
     return parser
 

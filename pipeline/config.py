@@ -161,7 +161,7 @@ class RunConfig(StrictConfig):
 
 def shipped_configs() -> dict[str, Path]:
     """Configs that come with the package, by name."""
-    return {path.stem: path for folder in configs.__path__ for path in sorted(Path(folder).glob("*.yaml"))}
+    return {path.stem: path for folder in configs.__path__ for path in sorted(Path(folder).rglob("*.yaml"))}
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -11,6 +11,11 @@ from common.errors import CheckpointError
 log = logging.getLogger("omnialpha")
 
 DTYPES = ("float32", "bfloat16", "float16")
+FORMS = {
+    "policy": "a policy folder, an adapter merged; of a real base's policy diffusers' pipeline opens it",
+    "diffusers": "the same, refused where no pipeline of diffusers could open it",
+    "lora": "lora/ for load_lora_weights, and rgba_vae/",
+}
 
 LOGGED_STEPS = 200
 """Steps per stage in the record, evenly spread."""
@@ -22,6 +27,8 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--stage", choices=("sft", "grpo"), help="whose policy; default: the last finished one")
+    shown = "; ".join(f"{name}: {text}" for name, text in FORMS.items())
+    parser.add_argument("--form", choices=FORMS, default="policy", help=shown)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights")
     parser.set_defaults(handler=_export)
 
@@ -30,7 +37,7 @@ def _export(options: argparse.Namespace) -> None:
     import torch
 
     from common.commit import begin, commit, storage_errors, verify
-    from policy.folder import export_folder
+    from policy.folder import check_opens_in_diffusers, export_folder, export_lora
 
     stages = [options.stage] if options.stage else ["grpo", "sft"]
     finished = [stage for stage in stages if (options.run / stage / "final").is_dir()]
@@ -41,9 +48,12 @@ def _export(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise CheckpointError(f"{options.out}: exists; remove it or name another folder")
     source = verify(options.run / finished[0] / "final").path / "model"
+    if options.form == "diffusers":
+        check_opens_in_diffusers(source)
+    write = export_lora if options.form == "lora" else export_folder
     temporary = begin(options.out)
     with storage_errors(options.out):
-        export_folder(source, temporary, getattr(torch, options.dtype))
+        write(source, temporary, getattr(torch, options.dtype))
         (temporary / "training.json").write_text(json.dumps(training_record(options.run, finished[0]), indent=1) + "\n")
     commit(temporary, options.out, {"step": 0, "stage": finished[0], "dtype": options.dtype})
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())

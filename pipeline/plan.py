@@ -1,13 +1,27 @@
 """What a run will need, before anything loads."""
 
+import json
 import os
+from typing import Any
 
+import torch
 import yaml
 
 from actors.cluster import check_placement, placement
 from actors.isolation import isolated_terms, scorer_placement
 from actors.packages import check_runtime_env
+from data.tasks import get_task
 from pipeline.config import RunConfig
+from policy.base import TEXT_WIDTH
+from policy.dit import PATCH
+from policy.estimate import Footprint, footprint
+from policy.text import MAX_TOKENS, TEXT_DIM
+
+SPEED = 0.4 * 989e12
+"""Operations per second that the plan takes for granted: dense bfloat16 peak of an H200, times an assumed share of it.
+Nothing here was measured on a GPU."""
+REAL_TOKENS = 3 * 196 + 128
+"""Text tokens assumed of a real base: 196 for each of three pictures of 384 x 384 for Qwen2.5-VL, and a prompt."""
 
 
 def render_plan(config: RunConfig) -> str:
@@ -32,12 +46,70 @@ def render_plan(config: RunConfig) -> str:
         *watch,
         f"  eval  at most {config.evaluate.records} records per task, {3 if config.control else 2} policies",
         "",
+        *_needs(config),
+        "",
         f"run folder: {config.folder}",
         f"dataset:    {config.dataset_folder}",
         f"identity:   {config.identity_hash()}",
     ]
     lines += [f"doubtful: {doubt}" for doubt in config.grpo.doubts()]
     return "\n".join(lines)
+
+
+def _needs(config: RunConfig) -> list[str]:
+    """What a step of SFT holds and computes on each learner rank."""
+    found, ranks, stage = sft_footprint(config), config.cluster.learner.actors, config.sft.zero_stage
+    parts = {
+        "frozen weights": found.base_bytes,
+        "trained weights": found.trained_bytes,
+        "gradients": found.trained_bytes,
+        "optimiser": found.optimiser_bytes,
+        "activations": found.activation_bytes,
+        "latents and text": found.latent_bytes,
+    }
+    flops = found.step_flops(-(-config.sft.micro_batches // ranks))
+    return [
+        f"needs of sft on each of {ranks} learner ranks, at most {_images(config)} images a record:",
+        *(f"  {name:17s}{size / 2**30:9.3f} GiB" for name, size in parts.items()),
+        f"  {f'with ZeRO {stage}':17s}{found.per_rank(stage, ranks) / 2**30:9.3f} GiB, and what libraries take",
+        f"  {'step':17s}{flops / 1e12:9.3f} TFLOP: {flops / SPEED:.3g} s at {SPEED / 1e12:g} TFLOP/s (assumed)",
+    ]
+
+
+def sft_footprint(config: RunConfig) -> Footprint:
+    """Counts of a step of SFT for the largest task of its mix; nothing is allocated.
+
+    The transformer is the one in ``sft.start``; where that folder is not here, ``sft.network`` stands for it.
+    """
+    sft = config.sft
+    settings, side, words = _transformer(config), config.data.size // config.vae.network.factor, MAX_TOKENS
+    if settings["joint_attention_dim"] != TEXT_DIM:
+        words = REAL_TOKENS
+    # Stages load weights in float32 whatever they are stored in; autocast keeps what is saved in sft.precision.
+    return footprint(settings, sft.lora, sft.micro_batch, _images(config), side, words)
+
+
+def _images(config: RunConfig) -> int:
+    tasks = [get_task(name) for name, weight in config.sft.tasks.items() if weight]
+    return max(len(task.inputs) + len(task.targets) for task in tasks)
+
+
+def _transformer(config: RunConfig) -> dict[str, Any]:
+    """Settings of the transformer that SFT trains, as its config.json has them."""
+    start, network = config.sft.start, config.sft.network
+    if start and (start / "transformer" / "config.json").is_file():
+        return dict(json.loads((start / "transformer" / "config.json").read_text()))
+    channels = config.vae.network.latent_channels
+    return {
+        "patch_size": PATCH,
+        "in_channels": channels * PATCH**2,
+        "out_channels": channels,
+        "num_layers": network.layers,
+        "num_attention_heads": network.heads,
+        "attention_head_dim": network.head_dim,
+        "axes_dims_rope": list(network.rope_axes),
+        "joint_attention_dim": TEXT_WIDTH if start else TEXT_DIM,
+    }
 
 
 def _reserved(cpus: float, gpus: float) -> str:
@@ -61,4 +133,8 @@ def check_plan(config: RunConfig) -> None:
         with connected(config.cluster, scorers):
             pass
     else:
-        check_placement([*placement(config.cluster), *scorers], config.cluster.cpus or os.cpu_count() or 1)
+        check_placement(
+            [*placement(config.cluster), *scorers],
+            config.cluster.cpus or os.cpu_count() or 1,
+            torch.cuda.device_count(),
+        )

@@ -77,6 +77,11 @@ def add_lora(model: torch.nn.Module, config: LoraConfig, seed: int) -> None:
     _inject(model, _peft_config(config.rank, config.alpha or config.rank, _matched(model, config)), POLICY, seed)
 
 
+def inject(model: torch.nn.Module, rank: int, alpha: int, layers: list[str], adapter: str) -> None:
+    """Puts an adapter with a name of its own on exactly these layers; its update is zero."""
+    _inject(model, _peft_config(rank, alpha, layers), adapter)
+
+
 def has_lora(model: torch.nn.Module) -> bool:
     """Whether an adapter was injected."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())

@@ -20,6 +20,8 @@ from policy.foreign import WEIGHTS, load_model, weight_files
 
 INDEX = "model_index.json"
 PIPELINE = "QwenImageEditPlusPipeline"
+TEXT_WIDTH = 3584
+"""Width of the states of the Qwen2.5-VL in Qwen-Image-Edit-2509."""
 TEXT_WEIGHTS = "model.safetensors"
 SETTINGS = {
     "scheduler": ("scheduler_config.json",),
@@ -80,11 +82,12 @@ def carry_over(start: Path, folder: Path) -> None:
     """
     for part in SETTINGS:
         if part not in ("vae", "transformer"):
-            shutil.copytree(start / part, folder / part, copy_function=_link)
+            shutil.copytree(start / part, folder / part, copy_function=link)
     shutil.copyfile(start / INDEX, folder / INDEX)
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
+    """A hard link to a file, or a copy of it."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:  # another file system, or one without links

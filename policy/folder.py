@@ -27,6 +27,7 @@ from policy.adapters import (
     save_adapter,
 )
 from policy.base import carry_over, is_base
+from policy.interchange import LORA, RELEASED_VAE, save_lora
 from policy.text import PACKAGE
 from policy.vae import ImageVae
 
@@ -138,11 +139,41 @@ def trained_size(folder: Path) -> int | None:
 def export_folder(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Writes a copy of a policy folder whose weights are stored in ``dtype``, an adapter merged.
 
+    Of a real base's policy the copy is a folder that diffusers' own pipeline opens.
+
     Raises:
         CheckpointError: ``source`` holds no policy.
     """
     transformer = starting_policy(source, None, 0)
     save_policy(target, load_vae(source).to(dtype), transformer.to(dtype))
+    if is_base(source):
+        carry_over(source, target)
+
+
+def export_lora(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Writes the adapter of a policy folder for stock diffusers, ``lora/``, and its VAE, ``rgba_vae/``.
+
+    Raises:
+        CheckpointError: ``source`` holds no adapter.
+    """
+    if not (source / FOLDER).is_dir():
+        raise CheckpointError(f"{source}: all weights were trained, there is no LoRA; export it with --form policy")
+    save_lora(target / LORA, load_transformer(source).to(dtype))
+    load_vae(source).to(dtype).save_pretrained(target / RELEASED_VAE)
+
+
+def check_opens_in_diffusers(source: Path) -> None:
+    """Whether a pipeline of diffusers can open what :func:`export_folder` makes of a policy folder.
+
+    Raises:
+        CheckpointError: says why none can.
+    """
+    if not is_base(source):
+        raise CheckpointError(
+            f"{source}: no pipeline of diffusers opens it: its VAE is an {_class_name(source / 'vae')} where those of "
+            f"Qwen-Image call an AutoencoderKLQwenImage (3D), and its text encoder is {PACKAGE}; --form policy writes "
+            "its parts, which open one by one with from_pretrained; or train from a real base (docs/real-base.md)"
+        )
 
 
 def policy_digest(folder: Path, *parts: str) -> str:

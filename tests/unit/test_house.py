@@ -60,7 +60,7 @@ def test_no_source_file_is_longer_than_one_can_read():
 
 
 def shipped() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    return sorted(path.stem for path in (ROOT / "configs").rglob("*.yaml"))
 
 
 def test_the_shipped_configs_are_the_files_in_the_configs_folder():
@@ -89,4 +89,5 @@ def test_every_shipped_config_loads_and_its_plan_can_be_shown(name):
 def test_a_shipped_config_is_the_same_by_name_and_by_path(name):
     from pipeline.config import load_config
 
-    assert load_config(str(ROOT / "configs" / f"{name}.yaml")) == load_config(name)
+    (path,) = (ROOT / "configs").rglob(f"{name}.yaml")
+    assert load_config(str(path)) == load_config(name)

@@ -77,7 +77,7 @@ def test_a_long_log_is_thinned_and_keeps_its_last_step(tmp_path):
     assert steps[-1] == 2 * LOGGED_STEPS + 1
 
 
-@pytest.mark.parametrize("spoil", ["nothing there", "other stage", "target exists", "damaged"])
+@pytest.mark.parametrize("spoil", ["nothing there", "other stage", "target exists", "damaged", "diffusers", "lora"])
 def test_an_export_that_cannot_be_done_is_one_message_and_leaves_nothing(tmp_path, capsys, spoil):
     run, out = make_run(tmp_path), tmp_path / "out"
     arguments, words = ["export", str(run), str(out)], "grpo, sft"
@@ -88,6 +88,13 @@ def test_an_export_that_cannot_be_done_is_one_message_and_leaves_nothing(tmp_pat
     elif spoil == "target exists":
         out.mkdir()
         words = "exists; remove it"
+    elif spoil == "diffusers":
+        arguments, words = (
+            [*arguments, "--form", spoil],
+            "no pipeline of diffusers opens it: its VAE is an AutoencoderKL where",
+        )
+    elif spoil == "lora":
+        arguments, words = [*arguments, "--form", spoil], "there is no LoRA"
     else:
         path = run / "sft" / "final" / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
