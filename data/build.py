@@ -12,12 +12,12 @@ from pathlib import Path
 
 from common.errors import ConfigError, DataError, StorageError
 from data.config import DataConfig
-from data.library import Library, collect_foregrounds, collect_photos, prepare, split_library
+from data.library import Library, collect_foregrounds, collect_more, collect_photos, prepare, split_library, widened
 from data.manifest import MANIFEST, Manifest, SourceInfo, file_sha256, read_manifest
 from data.records import SPLITS, content_digest
 from data.scenes import scene_records
 from data.schema import SCHEMA_VERSION, Record, shard_name, storage_error, write_shard
-from data.sources import Fetched, Progress, default_cache, fetch, locked
+from data.sources import MORE_SOURCES, SOURCES, Fetched, Progress, default_cache, fetch, locked
 
 __all__ = ["DataConfig", "Manifest", "SourceInfo", "build_dataset", "read_manifest"]
 
@@ -27,7 +27,7 @@ def build_dataset(
     out: Path,
     cache: Path | None = None,
     progress: Progress = lambda _: None,
-    fetcher: Callable[[Path, Progress], Fetched] = fetch,
+    fetcher: Callable[..., Fetched] = fetch,
 ) -> Manifest:
     """Builds the dataset at ``out``, or returns the manifest of the equal one that is already there.
 
@@ -52,7 +52,7 @@ def build_dataset(
         with locked(out.parent / f".{out.name}.lock", progress):
             if out.exists():
                 return _existing(config, out, progress)
-            fetched = fetcher(cache, progress)
+            fetched = fetcher(cache, progress, (*SOURCES, *(MORE_SOURCES if config.more_sources else ())))
             libraries = _prepare(config, fetched, cache, progress)
             temporary = out.with_name(out.name + ".tmp")
             if temporary.exists():
@@ -93,11 +93,18 @@ def _existing(config: DataConfig, out: Path, progress: Progress) -> Manifest:
 def _prepare(config: DataConfig, fetched: Fetched, cache: Path, progress: Progress) -> dict[str, Library]:
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / ".prepare.lock", progress):
-        objects = collect_foregrounds(fetched, config.max_foregrounds_per_source)
-        foregrounds = prepare(objects, fetched, cache, progress)
+        foregrounds = prepare(collect_foregrounds(fetched, config.max_foregrounds_per_source), fetched, cache, progress)
         photos = prepare(collect_photos(fetched), fetched, cache, progress)
-    progress(f"library: {len(foregrounds)} objects, {len(photos)} photos")
-    return split_library(foregrounds, photos, config)
+        more = collect_more(fetched)
+        added = Library(
+            tuple(prepare(more.foregrounds, fetched, cache, progress)),
+            tuple(prepare(more.photos, fetched, cache, progress)),
+        )
+    libraries = split_library(foregrounds, photos, config)
+    libraries["train"] = widened(libraries, added)
+    objects, pictures = len(foregrounds) + len(added.foregrounds), len(photos) + len(added.photos)
+    progress(f"library: {objects} objects, {pictures} photos")
+    return libraries
 
 
 _worker_state: dict = {}

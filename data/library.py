@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -187,6 +187,61 @@ def collect_photos(fetched: Fetched) -> list[Photo]:
             key = f"{source.name}:{path.name}"
             photos.append(Photo(key, key, source.name, source.licence, path))
     return photos
+
+
+def collect_more(fetched: Fetched) -> Library:
+    """Lists the objects and photos that only training may use, where the fetched sources have any."""
+    return Library(
+        tuple(item for source in fetched.of_kind("more foreground") for item in _furniture(source)),
+        tuple(photo for source in fetched.of_kind("more photo") for photo in _wallpapers(source)),
+    )
+
+
+def _furniture(source: FetchedSource) -> list[Foreground]:
+    """Objects of Sweet Home 3D's catalogues: rendered icons with a name and a category."""
+    items = []
+    for catalogue in sorted(source.folder.rglob("PluginFurnitureCatalog.properties")):
+        entries: dict[str, dict[str, str]] = {}
+        for line in catalogue.read_text(encoding="latin-1").splitlines():
+            if match := re.fullmatch(r"(name|icon|category)#(\d+)=(.*)", line):
+                entries.setdefault(match[2], {})[match[1]] = match[3].strip()
+        for number, entry in entries.items():
+            path = catalogue.parent / entry.get("icon", "").lstrip("/")
+            if len(entry) < 3 or not path.is_file() or _header(path)[0] < MIN_OBJECT_SIDE:
+                continue
+            caption = with_article(re.sub(r"[^a-z ]", "", entry["name"].lower()).strip())
+            key = f"{source.name}:{catalogue.parent.name}/{number}"
+            category = f"furniture/{entry['category'].lower()}"
+            items.append(Foreground(key, caption, group_key(caption), category, source.name, source.licence, path))
+    return items
+
+
+def _wallpapers(source: FetchedSource) -> list[Photo]:
+    """Pictures of at least 400 pixels; of one that lies there in several sizes, the largest."""
+    largest: dict[str, tuple[int, Path]] = {}
+    for path in sorted(source.folder.rglob("*")):
+        if path.suffix.lower() not in (".jpg", ".jpeg", ".png") or path.is_symlink() or path.stem == "screenshot":
+            continue
+        side = _header(path)[0]
+        # Sizes of one wallpaper are files 2560x1600.jpg, … in a folder of its own.
+        picture = path.parent if re.fullmatch(r"\d+x\d+", path.stem) else path
+        name = picture.relative_to(source.folder).as_posix()
+        if side >= max(MIN_PHOTO_SIDE, largest.get(name, (0, path))[0] + 1):
+            largest[name] = (side, path)
+    return [
+        Photo(f"{source.name}:{name}", f"{source.name}:{name}", source.name, source.licence, path)
+        for name, (_, path) in sorted(largest.items())
+    ]
+
+
+def widened(libraries: Mapping[str, Library], more: Library) -> Library:
+    """The training library with what ``more`` adds to it: nothing that validation or test have under the same name."""
+    held = {item.group for split in ("val", "test") for item in libraries[split].foregrounds}
+    train = libraries["train"]
+    return Library(
+        train.foregrounds + tuple(item for item in more.foregrounds if item.group not in held),
+        train.photos + more.photos,
+    )
 
 
 def prepare(items: Sequence[Item], fetched: Fetched, cache: Path, progress: Progress = lambda _: None) -> list[Item]:

@@ -27,7 +27,8 @@ CACHE_VARIABLE = "OMNIALPHA_CACHE"
 TIMEOUT_S = 600
 """Longest that one download command may take, in seconds."""
 
-Kind = Literal["foreground", "photo", "names"]
+Kind = Literal["foreground", "photo", "names", "more foreground", "more photo"]
+"""What a source is for; those with "more" only add to training."""
 Progress = Callable[[str], None]
 MARKER = ".complete"
 
@@ -48,6 +49,8 @@ class Source:
     licence: str
     needs: str = ""
     """Another source without which this one is of no use."""
+    nested: str = ""
+    """Names of zip archives inside, whose pictures and catalogues are unpacked into folders beside them."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File in the archive -> sha256, for wheels, whose archives differ between platforms."""
 
@@ -143,6 +146,61 @@ SOURCES: tuple[Source, ...] = (
         },
     ),
 )
+
+MORE_SOURCES: tuple[Source, ...] = (
+    Source(
+        "furniture",
+        "more foreground",
+        "apt",
+        "sweethome3d-furniture",
+        "1.8-1",
+        "sha256:3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668",
+        "usr/share/sweethome3d/furniture",
+        "CC-BY-3.0, some CC0",
+        nested="*.sh3f",
+    ),
+    Source(
+        "lomiri-photos-16",
+        "more photo",
+        "apt",
+        "lomiri-wallpapers-16.04",
+        "20.04.0-2",
+        "sha256:a99ff6a3bfe451e4cc0682ecb3cc82e71740626d59e4845ae34a0a0e45421eab",
+        "usr/share/backgrounds",
+        "CC-BY-SA-3.0",
+    ),
+    Source(
+        "lomiri-photos-20",
+        "more photo",
+        "apt",
+        "lomiri-wallpapers-20.04",
+        "20.04.0-2",
+        "sha256:d44e89b8473aafe64a5b678f014862dc31335aaaf18665c544d985d854f1a709",
+        "usr/share/backgrounds",
+        "CC-BY-SA-4.0",
+    ),
+    Source(
+        "ukui-photos",
+        "more photo",
+        "apt",
+        "ukui-wallpapers",
+        "20.04.3-1.1",
+        "sha256:6d49be70152e6d603163458e177e501deb0be8f2916389ccbfcf59b0d7fc0262",
+        "usr/share/backgrounds",
+        "CC-BY-SA-4.0",
+    ),
+    Source(
+        "plasma-photos",
+        "more photo",
+        "apt",
+        "plasma-workspace-wallpapers",
+        "4:5.27.5-2",
+        "sha256:32cd18b71c8c938a18b3b351f217c02ac590e323caa3cf322fbb875ce8892f8b",
+        "usr/share/wallpapers",
+        "LGPL-3.0-or-later, some CC-BY-SA-4.0",
+    ),
+)
+"""About 260 MB that only training draws on."""
 
 
 @dataclass(frozen=True)
@@ -327,4 +385,12 @@ def _extract(source: Source, archive: Path, target: Path) -> Path:
     kept = target / source.keep
     if not kept.exists():
         raise SourceError(f"{archive.name} holds no {source.keep}")
+    for inner in sorted(kept.glob(source.nested)) if source.nested else ():
+        try:
+            with zipfile.ZipFile(inner) as catalogue:
+                pictures = [name for name in catalogue.namelist() if name.endswith((".png", ".properties"))]
+                catalogue.extractall(inner.with_suffix(""), pictures)
+        except zipfile.BadZipFile as error:
+            raise SourceError(f"{inner.name} in {archive.name} cannot be unpacked ({error})") from None
+        inner.unlink()
     return kept if kept.is_dir() else kept.parent
