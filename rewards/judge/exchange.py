@@ -5,6 +5,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,18 +54,21 @@ def exchange(endpoint: Endpoint, path: str, body: Mapping[str, Any] | None, dead
         WrongAnswer: the reply is longer than :data:`LONGEST_REPLY`, or no HTTP.
         Rejected: any other status than 200. Redirects are not followed: the key would go with them.
     """
-    connection = _connection(endpoint.url, deadline_s)
-    # A socket's own timeout begins anew with every byte: only closing the socket from outside ends a trickle.
-    overdue = threading.Event()
-    watch = threading.Timer(deadline_s, _cut, (connection, overdue))
-    watch.daemon = True
-    watch.start()
+    connection, began, overdue = _connection(endpoint.url, deadline_s), time.monotonic(), threading.Event()
+    watch = None
     try:
+        connection.connect()
+        # A socket's own timeout begins anew with every byte: only shutting it from outside ends a trickle. The
+        # connection lets go of its socket while the reply is still being read: it is remembered here.
+        left = began + deadline_s - time.monotonic()
+        watch = threading.Timer(max(0.0, left), _cut, (connection.sock, overdue))
+        watch.daemon = True
+        watch.start()
         method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         connection.request(method, urlsplit(endpoint.url).path.rstrip("/") + path, data, _headers(endpoint))
         reply = connection.getresponse()
         text = reply.read(LONGEST_REPLY + 1)
-        if reply.length:  # cut off: http.client says so only where the whole is read
+        if reply.length and len(text) <= LONGEST_REPLY:  # cut off: http.client says so only where the whole is read
             raise http.client.IncompleteRead(text)
     except (OSError, http.client.HTTPException) as error:
         if overdue.is_set() or isinstance(error, TimeoutError):
@@ -73,7 +77,8 @@ def exchange(endpoint: Endpoint, path: str, body: Mapping[str, Any] | None, dead
             raise Unavailable(f"{type(error).__name__}: {error}") from None
         raise WrongAnswer(f"the reply is no HTTP ({type(error).__name__})") from None
     finally:
-        watch.cancel()
+        if watch:
+            watch.cancel()
         connection.close()
     if overdue.is_set():  # a reply without a length ends where it is cut
         raise Unavailable(f"no answer within {deadline_s:g} s")
@@ -98,11 +103,10 @@ def _headers(endpoint: Endpoint) -> dict[str, str]:
     return headers | ({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {})
 
 
-def _cut(connection: http.client.HTTPConnection, overdue: threading.Event) -> None:
+def _cut(connected: socket.socket, overdue: threading.Event) -> None:
     overdue.set()
-    if connection.sock is not None:
-        with contextlib.suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def _seconds(header: str | None) -> float:
