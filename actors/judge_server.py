@@ -31,7 +31,7 @@ TAIL_LINES = 15
 STABLE_S = 60.0
 """A server that was ready for so long starts with a clean record when it ends."""
 SILENT_S = 60.0
-"""A ready server that does not even answer /health for so long is started anew."""
+"""A ready server that does not even name its model for so long is started anew."""
 FREED_S = 15.0
 """How long a port may still be held by the server of a run that just ended."""
 
