@@ -160,8 +160,8 @@ class JudgeClient:
         """
         try:
             self.ask("Is this picture empty?", [Image.new("RGB", (64, 64), "grey")], ("0", "1"))
-        except _Refused as error:
-            raise ConfigError(f"judge: shown a picture, {error}; serve a model with vision") from None
+        except _Misplaced as error:
+            raise ConfigError(f"{error}; it was shown a picture: serve a model with vision") from None
 
     def _tokenized(self, text: str) -> tuple[int, ...]:
         if text not in self._ids:
@@ -186,7 +186,8 @@ class JudgeClient:
                     value = read(reply)
                 except Rejected as error:
                     self._release(server, good=True)
-                    raise _Refused(f"the server at {server.endpoint.url} answered {error}") from None
+                    kind = _Misplaced if error.status in (400, 422) else RewardError
+                    raise kind(f"judge: the server at {server.endpoint.url} answered {error}") from None
                 except Unavailable as error:
                     reason, at_least = str(error), error.after_s
                 except WrongAnswer as error:
@@ -254,8 +255,8 @@ class JudgeClient:
         )
 
 
-class _Refused(RewardError):
-    """The server took the question for a mistake."""
+class _Misplaced(RewardError):
+    """The server takes the question itself for a mistake."""
 
 
 def data_url(image: Image.Image) -> str:

@@ -45,6 +45,10 @@ class WrongAnswer(Exception):
 class Rejected(Exception):
     """The server refuses this request, and will do so again."""
 
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"status {status}: {reason}")
+        self.status = status
+
 
 def exchange(endpoint: Endpoint, path: str, body: Mapping[str, Any] | None, deadline_s: float) -> bytes:
     """The reply to a POST of ``body`` as JSON, or to a GET where it is None.
@@ -85,7 +89,7 @@ def exchange(endpoint: Endpoint, path: str, body: Mapping[str, Any] | None, dead
     if reply.status in BUSY:
         raise Unavailable(f"status {reply.status}: {_excerpt(text)}", _seconds(reply.getheader("Retry-After")))
     if reply.status != 200:
-        raise Rejected(f"status {reply.status}: {_excerpt(text)}")
+        raise Rejected(reply.status, _excerpt(text))
     if len(text) > LONGEST_REPLY:
         raise WrongAnswer(f"the reply is longer than {LONGEST_REPLY} bytes")
     return text

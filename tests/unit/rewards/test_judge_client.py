@@ -139,7 +139,7 @@ def test_a_refused_question_is_not_repeated(server):
 
 def test_a_model_that_refuses_pictures_is_named_as_one_without_vision(server):
     server.script = [status(400)]
-    with pytest.raises(ConfigError, match=r"status 400: out of order; serve a model with vision"):
+    with pytest.raises(ConfigError, match=r"status 400: out of order; it was shown a picture: serve a model"):
         client(server).check_vision()
 
 
