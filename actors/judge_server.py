@@ -94,6 +94,7 @@ def vllm_launch(config: JudgeServerConfig, name: str, port: int, key: str) -> La
     options += ["--host", config.host, "--port", str(port), "--tensor-parallel-size", str(config.tensor_parallel)]
     # Probabilities among the allowed labels; without it they are those before the others are masked.
     options += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "64", "--generation-config", "vllm"]
+    options += ["--disable-uvicorn-access-log"]  # a line for each question would fill the disk
     # Ours are not for the server: its Python would take them for its own packages and settings.
     ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_NUM_THREADS")
     environment = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("RAY_")}
@@ -348,7 +349,7 @@ def _answers(endpoint: Endpoint) -> bool:
 
 
 def _free(host: str, port: int) -> bool:
-    """Whether nobody listens there. vLLM itself would not notice: it shares ports (SO_REUSEPORT)."""
+    """Whether nobody listens there."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
