@@ -2,6 +2,7 @@
 # make test    every test, with one tiny run of the whole loop
 # make test-faults   whole runs disturbed on purpose: killed actors and ranks, an interrupted gaming watch
 # make setup   what both need, in .venv; quick when it is there
+# make judge-env  the judge's own environment, .venv-judge: vLLM for GPUs where there are any, else for CPUs
 # make study   the demo with two more seeds, after a demo; forty minutes on two cores
 # make sweep   the demo's policy trained again under many settings; hours on two cores, goes on where it stopped
 # make bench   ratios of speed against baselines, after a demo
@@ -9,10 +10,11 @@
 # make soak    kills a tiny run at random moments until it finishes
 PYTHON ?= python3
 VENV := .venv
+JUDGE_VENV := .venv-judge
 BIN := $(VENV)/bin
 PIP_ARGS ?=
 
-.PHONY: setup demo test test-faults lint types study sweep bench soak base tools clean
+.PHONY: setup judge-env demo test test-faults lint types study sweep bench soak base tools clean
 
 setup: $(VENV)/.complete
 
@@ -28,6 +30,12 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	$(BIN)/python -c 'import pymatting'
 	DS_ACCELERATOR=cpu $(BIN)/python -m actors.operator_cache
+	@touch $@
+
+judge-env: $(JUDGE_VENV)/.complete
+
+$(JUDGE_VENV)/.complete: deploy/judge-env.sh
+	sh deploy/judge-env.sh $(PYTHON) $(JUDGE_VENV) $(PIP_ARGS)
 	@touch $@
 
 demo: setup
@@ -70,4 +78,4 @@ soak: setup
 	$(BIN)/python -m pytest -m soak -n 0 -s tests/faults
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(JUDGE_VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,217 @@
+"""The judge of a run: vLLM servers that Ray actors look after, or a server that somebody else runs."""
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+from pydantic import field_validator, model_validator
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from actors.cluster import PlacementRow
+from actors.judge_server import JudgeServer, JudgeServerConfig
+from actors.waiting import expected, wait_all
+from common.config import StrictConfig
+from common.errors import ConfigError
+from rewards.judge.client import Endpoints, FixedEndpoints, JudgeClient, JudgeClientConfig
+from rewards.judge.exchange import Endpoint
+from rewards.judge.server_metrics import server_metrics
+
+log = logging.getLogger("omnialpha")
+
+ASK_ACTOR_S = 10.0
+"""Longest wait for what an actor of this module knows by heart."""
+STOP_S = 30.0
+"""Longest wait for a server to end."""
+
+
+class JudgeUrlConfig(StrictConfig):
+    """A vLLM server that somebody else runs, with ``--logprobs-mode processed_logprobs``."""
+
+    url: str
+    """``http(s)://host[:port]``, with or without ``/v1``."""
+    model: str
+    """Name under which it serves the model."""
+    key_env: str | None = None
+    """Name of the environment variable of the run that holds the key; the key itself is nowhere written."""
+
+    @field_validator("url")
+    @classmethod
+    def _plain(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is no address of a server; give http://host:port or https://host")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("the address holds more than host, port and path; a key belongs in key_env's variable")
+        return url.rstrip("/").removesuffix("/v1")
+
+
+class JudgeServing(StrictConfig):
+    """Who holds the judge's model, and how it is asked."""
+
+    server: JudgeServerConfig | None = None
+    """Servers of the run's own."""
+    external: JudgeUrlConfig | None = None
+    """Or a server that is there already."""
+    client: JudgeClientConfig = JudgeClientConfig()
+    """How it is asked."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "JudgeServing":
+        if (self.server is None) == (self.external is None):
+            raise ValueError("give either server, which the run starts, or external, which is there already")
+        return self
+
+
+def judge_placement(config: JudgeServing) -> list[PlacementRow]:
+    """What the judge's servers reserve."""
+    server = config.server
+    if server is None:
+        return []
+    gpus = server.replicas * server.tensor_parallel if server.gpus else 0
+    return [PlacementRow("judge", server.replicas, server.replicas * server.cpus, gpus)]
+
+
+class JudgeActor:
+    """Looks after one server; made into a Ray actor by :class:`JudgePool`. Its server ends when it does, however it
+    does; started anew by Ray, it starts its server anew."""
+
+    def __init__(self, config: JudgeServerConfig, name: str, key: str, log_file: Path, number: int) -> None:
+        address = ray.util.get_node_ip_address()
+        self._server = JudgeServer(config, name, key, log_file, number=number, address=address)
+
+    def ready(self) -> None:
+        """Returns when the server was ready for the first time.
+
+        Raises:
+            OmniAlphaError: it never will be.
+        """
+        self._server.wait_ready()
+
+    def endpoint(self) -> Endpoint | None:
+        """Where the server answers now; raises as :meth:`ready`."""
+        return self._server.endpoint()
+
+    def metrics(self) -> dict[str, float]:
+        """What the server counts, and how often it was started again; less of it while it starts."""
+        endpoint = self._server.endpoint()
+        return {"restarts": float(self._server.restarts)} | (server_metrics(endpoint) if endpoint else {})
+
+    def stop(self) -> None:
+        """Ends the server, and returns when nothing of it is left."""
+        self._server.stop()
+
+
+@dataclass(frozen=True)
+class ServedEndpoints:
+    """Where the servers of some actors are now."""
+
+    actors: tuple[Any, ...]
+
+    def __call__(self) -> Sequence[Endpoint]:
+        found, failure = [], None
+        for ref in [actor.endpoint.remote() for actor in self.actors]:
+            try:
+                if endpoint := ray.get(ref, timeout=ASK_ACTOR_S):
+                    found.append(endpoint)
+            except (RayActorError, GetTimeoutError):
+                continue  # Ray starts the actor again
+            except RayError as error:
+                failure = expected(error, "judge")
+        if failure and not found:
+            raise failure
+        return found
+
+
+class JudgePool:
+    """The judge's servers for the length of a run."""
+
+    def __init__(self, config: JudgeServing, logs: Path) -> None:
+        """Starts the servers, waits until they are ready, and shows the model a picture.
+
+        Args:
+            config: who serves, and how they are asked.
+            logs: folder for what servers of the run's own write.
+
+        Raises:
+            ConfigError: there is no key in the environment, no environment of the judge, or no vision in the model, or
+                the port is taken.
+            OmniAlphaError: a server ended or was not ready in time; the message ends with its last lines.
+        """
+        self._config = config
+        self._actors: list[Any] = []
+        self._endpoints: Endpoints
+        try:
+            if config.server:
+                self._endpoints = self._served(config.server, logs)
+            else:
+                assert config.external
+                self._endpoints = FixedEndpoints((external_endpoint(config.external),))
+            self.asker().check_vision()
+        except BaseException:
+            self.close()
+            raise
+
+    def asker(self) -> JudgeClient:
+        """A client of the judge, which may be sent to other processes of the cluster. It spreads its questions over the
+        servers and finds those that were started again."""
+        return JudgeClient(self._endpoints, self._config.client)
+
+    def metrics(self) -> dict[str, float]:
+        """What the servers count (:data:`rewards.judge.server_metrics.METRICS`), summed over them; of a server that
+        starts or is lost nothing."""
+        if not self._actors:
+            pages = [server_metrics(endpoint) for endpoint in self._endpoints()]
+        else:
+            pages = []
+            for ref in [actor.metrics.remote() for actor in self._actors]:
+                with contextlib.suppress(RayError, GetTimeoutError):
+                    pages.append(ray.get(ref, timeout=ASK_ACTOR_S))
+        names = {name for page in pages for name in page}
+        return {name: sum(page.get(name, 0.0) for page in pages) for name in sorted(names)}
+
+    def close(self) -> None:
+        """Ends the servers of the run's own, and returns when nothing of them is left. To be called before the
+        connection to Ray ends; where it is not, they end with their actors."""
+        stops = [actor.stop.remote() for actor in self._actors]
+        ray.wait(stops, num_returns=len(stops), timeout=STOP_S) if stops else None
+        for actor in self._actors:
+            with contextlib.suppress(RayError):
+                ray.kill(actor, no_restart=True)
+        self._actors = []
+
+    def _served(self, server: JudgeServerConfig, logs: Path) -> Endpoints:
+        # Nobody else knows the name and the key: whoever answers to them is this run's.
+        name, key = f"judge-{secrets.token_hex(4)}", secrets.token_urlsafe(32)
+        actor = ray.remote(
+            num_cpus=server.cpus,
+            num_gpus=server.tensor_parallel if server.gpus else 0,
+            max_restarts=server.restarts,
+            max_concurrency=8,  # questions after the endpoint must not wait behind one that waits for readiness
+        )(JudgeActor)
+        self._actors = [
+            actor.remote(server, name, key, logs / f"judge-{number}.log", number) for number in range(server.replicas)
+        ]
+        log.info("judge: starting %d servers of %s", server.replicas, server.model)
+        # The actors keep the deadline; this one is for Ray, which may have no room for them.
+        ready = [actor.ready.remote() for actor in self._actors]
+        wait_all(ready, "judge servers to be ready", server.start_deadline_s * 1.1 + 60.0)
+        return ServedEndpoints(tuple(self._actors))
+
+
+def external_endpoint(config: JudgeUrlConfig) -> Endpoint:
+    """Where somebody else's server is, with the key from this process's environment.
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    key = None
+    if config.key_env and not (key := os.environ.get(config.key_env)):
+        raise ConfigError(f"judge: {config.url} needs a key, but the environment variable {config.key_env} is not set")
+    return Endpoint(config.url, config.model, key)

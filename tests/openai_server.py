@@ -1,0 +1,155 @@
+"""A server that speaks the part of vLLM's protocol that a judge needs, and misbehaves on request.
+
+As a program, ``openai_server.py PORT MODEL KEY``, it stands where the supervisor expects vLLM.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Misbehaviour = Callable[["Handler"], None]
+
+
+class OpenAIServer(ThreadingHTTPServer):
+    """Each character is a token. The answer to every question is the last label, with probability .7."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0, model: str = "judge", key: str | None = None) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.model, self.key = model, key
+        self.script: list[Misbehaviour] = []
+        """What is done to the next questions instead of answering them; emptied from the front."""
+        self.asked: list[dict[str, Any]] = []
+        """Bodies of all questions, also of those that were not answered."""
+        self.most_at_once = self.at_once = 0
+        self.delay_s = 0.0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: OpenAIServer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self.reply({"data": [{"id": self.server.model}]} if self.allowed() else {"error": "no"})
+        elif self.path == "/metrics":
+            self.send(200, b'# HELP x\nvllm:num_requests_running{engine="0",model_name="m"} 3.0\n')
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.allowed():
+            self.reply({"error": {"message": "Unauthorized"}}, 401)
+        elif self.path == "/tokenize":
+            self.reply({"tokens": [ord(letter) for letter in body["prompt"]]})
+        else:
+            self.question(body)
+
+    def question(self, body: dict[str, Any]) -> None:
+        server = self.server
+        with server.lock:
+            server.asked.append(body)
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+            misbehave = server.script.pop(0) if server.script else None
+        try:
+            time.sleep(server.delay_s)
+            if misbehave:
+                misbehave(self)
+            else:
+                self.reply(answer(body["allowed_token_ids"]))
+        finally:
+            with server.lock:
+                server.at_once -= 1
+
+    def allowed(self) -> bool:
+        return self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}"
+
+    def reply(self, value: Any, status: int = 200) -> None:
+        self.send(status, json.dumps(value).encode())
+
+    def send(self, status: int, data: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, text in headers.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(data)
+
+
+def answer(ids: list[int], last: float = 0.7) -> dict[str, Any]:
+    """A reply in which the last label has probability ``last`` and the others share the rest."""
+    shares = [(1 - 0.7) / max(1, len(ids) - 1)] * (len(ids) - 1) + [last]
+    tops = [
+        {"token": f"token_id:{k}", "logprob": math.log(share) if share > 0 else -9999.0}
+        for k, share in zip(ids, shares, strict=True)
+    ]
+    return {"choices": [{"logprobs": {"content": [{"top_logprobs": tops}]}}]}
+
+
+def status(code: int, **headers: str) -> Misbehaviour:
+    return lambda handler: handler.send(code, b'{"error": {"message": "out of order"}}', **headers)
+
+
+def says(text: str) -> Misbehaviour:
+    return lambda handler: handler.send(200, text.encode())
+
+
+def hang(handler: Handler) -> None:
+    """Half an answer, byte by byte, for ever: each byte begins a socket's timeout anew."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b" ")
+            time.sleep(0.02)
+
+
+def hang_up(handler: Handler) -> None:
+    """Half an answer, then nothing."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices"')
+    handler.close_connection = True
+
+
+@contextlib.contextmanager
+def serving(**settings: Any) -> Iterator[OpenAIServer]:
+    """A server in a thread."""
+    with OpenAIServer(**settings) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"starting {sys.argv[1]} {sys.argv[2]}\n")
+    sys.stdout.flush()
+    # vLLM's engine, too, is a process of its own, and ignores polite requests while it computes.
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pause()
+    with OpenAIServer(int(sys.argv[1]), sys.argv[2], sys.argv[3]) as served:
+        served.serve_forever()
