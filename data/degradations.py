@@ -111,7 +111,8 @@ def kinds_for(task: str) -> tuple[str, ...]:
     """
     facts = get_task(task)
     foreground = tuple(kind for kind in _LAYER_KINDS if facts.inputs or kind not in _NEED_INPUT)
-    visual = foreground if facts.foregrounds else ("leftover_background", *_OF_BACKGROUND)
+    opaque = ("leftover_background", *_OF_BACKGROUND) if facts.backgrounds else _OF_BACKGROUND
+    visual = foreground if facts.foregrounds else opaque
     names = any("{caption}" in instruction for instruction in facts.instructions)
     return (*visual, WRONG_OBJECT) if names else visual
 
@@ -148,9 +149,10 @@ def degrade(kind: str, grade: int, task: str, layers_LCHW: Tensor, around_4HW: T
 
 
 def _spoilt_layer(kind: str, task: str, rng: np.random.Generator) -> int:
-    """Which layer a kind spoils: the foreground, or of kinds that both can have any."""
+    """Which layer a kind spoils: the foreground, or of kinds that opaque layers can have too any."""
     facts = get_task(task)
-    both = [*facts.foregrounds, *(facts.backgrounds if kind in _OF_BACKGROUND or not facts.foregrounds else ())]
+    opaque = [place for place, role in enumerate(facts.targets) if role != "foreground"]
+    both = [*facts.foregrounds, *(opaque if kind in _OF_BACKGROUND or not facts.foregrounds else ())]
     return both[int(rng.integers(len(both)))]
 
 

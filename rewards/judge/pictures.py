@@ -36,7 +36,9 @@ def view_3HW(batch: RewardBatch, member: int, view: str) -> Tensor:
         return torch.full_like(layers[0, :3], 0.5)
     source, _, look = view.partition(".")
     if source in ("input", "mask"):
-        image = batch.inputs[batch.input_roles.index("image" if source == "input" else "mask")]
+        image = batch.inputs[
+            next(k for k, role in enumerate(batch.input_roles) if (role == "mask") == (source == "mask"))
+        ]
     else:
         places = {"foreground": batch.foregrounds, "background": batch.backgrounds}.get(source)
         image = over(layers if places is None else layers[list(places)])

@@ -157,7 +157,7 @@ def _task_template(path: Path, protocols: ProtocolsConfig) -> TaskTemplate:
     if protocols.layout == "woven" and len(template.views) != 4:
         raise ConfigError(f"{path}: views: layout woven takes turns between exactly 4, found {len(template.views)}")
     present = {
-        "input": "image" in task.inputs,
+        "input": any(role != "mask" for role in task.inputs),
         "mask": "mask" in task.inputs,
         "foreground": bool(task.foregrounds),
         "background": bool(task.backgrounds),

@@ -30,8 +30,9 @@ def test_the_plan_counts_the_processes_of_isolated_terms(here, capsys):
         "{name: mine, scorer: 'mine.py:score'}",
         "{name: big, scorer: 'a.b:c', resources: {actors: 2, cpus: 0.1, gpus: 0.5}}",
     )
-    assert main(["plan", path, "cluster.cpus=3"]) == 0
-    shown = capsys.readouterr().out
+    assert main(["plan", path, "cluster.cpus=3"]) == 1  # shown, although this machine has no GPU
+    shown, message = capsys.readouterr()
+    assert "the configured actors need 1 GPUs (scorer big 2 × 0.5 GPU)" in message
     assert "  scorer mine 1 processes, 0.05 CPUs\n" in shown
     assert "  scorer big  2 processes, 0.2 CPUs, 1 GPUs\n" in shown
     assert "  total       2.05 CPUs, 1 GPUs\n" in shown

@@ -102,7 +102,7 @@ def test_a_shipped_module_without_its_dependency_is_said_to_be_missing_and_hinde
     assert unavailable() == {"needs_an_extra_for_this_test": reason}
     assert build("layer") is not None
     with pytest.raises(ConfigError, match=f"not available here: needs_an_extra_for_this_test \\({reason}\\)"):
-        build("judge")
+        build("oracle")
 
 
 def test_a_shipped_module_that_is_broken_is_not_taken_for_a_missing_extra(tmp_path, monkeypatch):
