@@ -153,10 +153,17 @@ def whiten_patches(model: Any, patches_NP: torch.Tensor) -> None:
     once = patches_NP.double().unflatten(1, (3, 2, -1))[:, :, 0].flatten(1)
     centred = once - once.mean(dim=0)
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
-    variances, axes = variances.flip(0)[: len(weight)], axes.flip(1)[:, : len(weight)]
+    variances, axes = variances.flip(0)[: len(weight)], _signed(axes.flip(1)[:, : len(weight)].T).T
     filters = (axes / (variances + variances[-1]).sqrt()).T / 4  # spread of 1/2 over the two equal time steps
     with torch.no_grad():
         weight.copy_(filters.reshape(len(weight), 3, 1, PATCH, PATCH).float().expand_as(weight))
+
+
+def _signed(axes_KN: torch.Tensor) -> torch.Tensor:
+    """Axes that point to where their largest component is positive: the library's choice of sign differs from run to
+    run."""
+    largest_K1 = axes_KN.gather(1, axes_KN.abs().argmax(dim=1, keepdim=True))
+    return axes_KN * largest_K1.sign()
 
 
 PICTURES = {
@@ -202,7 +209,7 @@ def _word_vectors(tokenizer: PreTrainedTokenizerFast, width: int) -> tuple[torch
     ours = {word: k for word, k in tokenizer.get_vocab().items() if word in known and len(word) > 1 and word != UNKNOWN}
     vectors = model.get_input_embeddings().weight.detach()[[known[word] for word in ours]]
     centred = vectors - vectors.mean(dim=0)
-    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:width]
+    axes = _signed(torch.linalg.svd(centred, full_matrices=False).Vh[:width])
     turned = torch.zeros(len(ours), width)
     turned[:, : len(axes)] = centred @ axes.T
     return torch.tensor(list(ours.values())), turned / turned.std()
