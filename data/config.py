@@ -45,6 +45,8 @@ class DataConfig(StrictConfig):
     more_sources: bool = False
     """Whether training scenes also draw on furniture and wallpapers (260 MB more to download); held-out scenes stay the
     same."""
+    varied_photos: bool = False
+    """Whether the photos of training scenes are cropped, turned and re-lit far more than those of held-out scenes."""
     workers: int = Field(default=os.cpu_count() or 1, ge=1)
     """Processes that draw scenes; does not change the result."""
 
@@ -64,6 +66,6 @@ class DataConfig(StrictConfig):
 
     def identity(self) -> dict:
         """The values that decide the pixels, as plain JSON values."""
-        # Datasets from before there were more sources are equal to those without them.
-        left_out = {"workers"} if self.more_sources else {"workers", "more_sources"}
-        return self.model_dump(mode="json", exclude=left_out)
+        # Datasets from before these two could be set are equal to those without them.
+        unset = {name for name in ("more_sources", "varied_photos") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude={"workers", *unset})

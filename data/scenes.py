@@ -60,7 +60,8 @@ def draw_scene(library: Library, config: DataConfig, split: str, number: int, ob
         chosen = _choose(library.foregrounds, objects, rng)
         if chosen is None:
             continue
-        background = _quantise(_background(_photo_pixels(photo), config.size, rng))
+        varied = config.varied_photos and split == "train"
+        background = _quantise(_background(_photo_pixels(photo), config.size, rng, varied))
         sides = (0.35, 0.85) if objects == 1 else (0.35, 0.6)
         placed = [_place(_object_pixels(item), config.size, sides, rng, slot) for slot, item in enumerate(chosen)]
         layers = [_quantise(layer) for layer in placed]
@@ -173,21 +174,29 @@ def _quantise(pixels: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
 
 
-def _background(photo: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square crop of a photo, maybe flipped and slightly re-lit; opaque."""
+def _background(photo: np.ndarray, size: int, rng: np.random.Generator, varied: bool) -> np.ndarray:
+    """A random square crop of a photo, maybe flipped and slightly re-lit; opaque.
+
+    Where ``varied``, crops may be as small as two thirds of ``size``, turned by quarters and strongly re-lit.
+    """
     height, width = photo.shape[:2]
-    side = int(min(height, width) * rng.uniform(0.4, 1.0))
+    least = min(0.67 * size / min(height, width), 1.0) if varied else 0.4
+    side = max(1, int(min(height, width) * rng.uniform(least, 1.0)))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
     crop = resize_planes(photo[top : top + side, left : left + side], size, size, Image.Resampling.HAMMING)
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
-    return np.concatenate([_jitter(crop, rng), np.ones((size, size, 1), np.float32)], axis=-1)
+    if varied:
+        crop = np.rot90(crop, int(rng.integers(4)))
+    crop = _jitter(crop, rng, 5.0 if varied else 1.0)
+    return np.concatenate([crop, np.ones((size, size, 1), np.float32)], axis=-1)
 
 
-def _jitter(colours: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mild change of brightness, contrast and colour balance."""
-    contrast, brightness = rng.uniform(0.9, 1.1), rng.uniform(-0.05, 0.05)
-    balance = rng.uniform(0.96, 1.04, size=3)
+def _jitter(colours: np.ndarray, rng: np.random.Generator, strength: float = 1.0) -> np.ndarray:
+    """Change of brightness, contrast and colour balance; mild at strength 1."""
+    contrast = rng.uniform(1 - 0.1 * strength, 1 + 0.1 * strength)
+    brightness = rng.uniform(-0.05 * strength, 0.05 * strength)
+    balance = rng.uniform(1 - 0.04 * strength, 1 + 0.04 * strength, size=3)
     return np.clip(((colours - 0.5) * contrast + 0.5 + brightness) * balance, 0, 1).astype(np.float32)
 
 
