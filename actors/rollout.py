@@ -34,6 +34,7 @@ from policy.precision import Precision, computing
 from policy.rl import Start, training_times
 from policy.sampling import Condition, denoise, member_noise
 from policy.schedule import SamplingConfig, ScheduleConfig
+from policy.sight import sight_for
 from policy.text import pad_states
 from policy.vae import LatentCodec
 from policy.weights import digest, load_packed
@@ -84,8 +85,8 @@ class RolloutActor:
         torch.set_num_threads(threads)
         self._setup = setup
         start = setup.start
-        self._codec = LatentCodec(load_vae(start.policy))
         self._model = starting_policy(start.policy, start.lora, start.seed).eval().requires_grad_(False)
+        self._codec = LatentCodec(load_vae(start.policy), sight_for(self._model))
         self._text = open_encoder(start.policy)
         self._splits: dict[str, RecordDataset] = {}
         self._version, self._held = -1, ""
@@ -127,7 +128,7 @@ class RolloutActor:
         task = get_task(record.task)
         inputs_NCHW = self._codec.encode_stack(sample.inputs, *sample.targets_LCHW.shape[-2:])
         text_TD = self._text.encode(record.prompt, sample.inputs).float()
-        shape = (len(task.targets), *inputs_NCHW.shape[1:])
+        shape = (len(task.targets), self._codec.channels, *inputs_NCHW.shape[2:])
         seeds = (setup.seed, request.step, request.group)
 
         def noise(name: str, shared: bool = False) -> torch.Tensor:
@@ -189,7 +190,7 @@ class RolloutActor:
         inputs = torch.stack([self._codec.encode_stack(s.inputs, *s.targets_LCHW.shape[-2:]) for s in samples])
         states = [self._text.encode(r.prompt, s.inputs).float() for r, s in zip(records, samples, strict=True)]
         text, mask = pad_states(states)
-        shape = (len(get_task(records[0].task).targets), *inputs.shape[2:])
+        shape = (len(get_task(records[0].task).targets), self._codec.channels, *inputs.shape[3:])
         seed = self._setup.seed
         initial = torch.stack([member_noise(shape, seed, 0, 0, 0, f"evaluate {record.id}") for record in records])
         result = denoise(self._model, Condition(inputs, text, mask), initial, schedule.sigmas(), solver=schedule.solver)

@@ -21,6 +21,7 @@ from data.tasks import TASKS, get_task
 from pipeline.config import load_config
 from policy.folder import load_transformer, load_vae, shipped_policies
 from policy.sampling import Condition, denoise, member_noise
+from policy.sight import sight_for
 from policy.text import TextEncoder
 from policy.vae import LatentCodec
 from rewards.metrics import sample_metrics
@@ -49,6 +50,7 @@ def vae_quality(codec: LatentCodec, data: RecordDataset, count: int) -> dict[str
 def task_quality(folder: Path, codec: LatentCodec, data: RecordDataset, count: int) -> dict[str, dict[str, float]]:
     """Mean metrics per task at the demo's sampler, one sample per record."""
     model, text = load_transformer(folder).eval(), TextEncoder()
+    codec = LatentCodec(codec.vae, sight_for(model))
     schedule = load_config("demo").evaluate.schedule
     found = {}
     for task in (task for task in TASKS if task in data.tasks):
@@ -59,7 +61,7 @@ def task_quality(folder: Path, codec: LatentCodec, data: RecordDataset, count: i
             samples = [record.decode() for record in records]
             inputs = torch.stack([codec.encode_stack(s.inputs, *s.targets_LCHW.shape[-2:]) for s in samples])
             prompts, mask = text.encode_batch([record.prompt for record in records])
-            shape = (len(roles), *inputs.shape[2:])
+            shape = (len(roles), codec.channels, *inputs.shape[3:])
             noise = torch.stack([member_noise(shape, 0, 0, 0, 0, f"evaluate {record.id}") for record in records])
             condition = Condition(inputs, prompts, mask)
             result = denoise(model, condition, noise, schedule.sigmas(), solver=schedule.solver)

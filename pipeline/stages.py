@@ -24,7 +24,9 @@ from pipeline.report import report_finished
 from pipeline.report_data import environment
 from pipeline.run import Run
 from pipeline.train import run_continued, run_judge, run_rgb, run_sft, run_vae, starting_point
+from policy.dit import PATCH
 from policy.folder import load_vae, policy_digest
+from policy.vae import LatentCodec
 from rewards.base import build, check_source, describe
 
 log = logging.getLogger("omnialpha")
@@ -101,7 +103,12 @@ def _prepare(run: Run, todo: Sequence[str]) -> None:
         if folder and key in todo:
             if not (folder / "vae").is_dir():
                 raise CheckpointError(f"{key}.start {folder}: no vae/ here; give the folder of a trained policy")
-            load_vae(folder)
+            side = LatentCodec.factor_of(load_vae(folder)) * PATCH
+            if config.data.size % side:
+                raise ConfigError(
+                    f"data.size {config.data.size} must be a multiple of {side} (VAE factor times patch size) for "
+                    f"{key}.start {folder}; choose another size"
+                )
             if key != "vae" and not (folder / "transformer").is_dir():
                 raise CheckpointError(
                     f"{key}.start {folder}: no transformer/ here; give the folder of a trained policy"

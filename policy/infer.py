@@ -13,6 +13,7 @@ from policy.dit import PATCH
 from policy.folder import load_transformer, load_vae
 from policy.sampling import Condition, Guidance, denoise, member_noise
 from policy.schedule import ScheduleConfig
+from policy.sight import sight_for
 from policy.text import TextEncoder
 from policy.vae import LatentCodec
 
@@ -43,8 +44,9 @@ class Policy:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._codec = LatentCodec(load_vae(folder))
+        vae = load_vae(folder)
         self._model = load_transformer(folder).eval().requires_grad_(False)
+        self._codec = LatentCodec(vae, sight_for(self._model))
         self._text = TextEncoder()
 
     @property
@@ -82,7 +84,7 @@ class Policy:
             roles = ", ".join(task.inputs) or "none"
             raise ConfigError(f"{task.name} takes {len(task.inputs)} images ({roles}), each {square}; got {shapes}")
         latents_NCHW = self._codec.encode_stack(inputs, config.size, config.size)
-        shape = (len(task.targets), *latents_NCHW.shape[1:])
+        shape = (len(task.targets), self._codec.channels, *latents_NCHW.shape[2:])
         condition = Condition(latents_NCHW[None], self._text.encode(prompt)[None])
         guidance = None
         if config.guidance > 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from diffusers import QwenImageTransformer2DModel
 from pydantic import Field
 
 from common.config import StrictConfig
@@ -23,6 +24,7 @@ from policy.dit import DitConfig, build_dit, velocity
 from policy.folder import export_policy, load_vae, starting_policy
 from policy.latents import LatentCache
 from policy.objectives import flow_matching_pair, shifted_times
+from policy.sight import sight_for
 from policy.text import TEXT_DIM, pad_states
 from policy.vae import latent_channels
 
@@ -76,7 +78,7 @@ class SftProgram:
 
     def __init__(
         self,
-        transformer: torch.nn.Module,
+        transformer: QwenImageTransformer2DModel,
         config: SftConfig,
         vae_stage: Path,
         dataset: Path,
@@ -97,6 +99,7 @@ class SftProgram:
         self._cache = LatentCache(vae_stage / "latents", statistics.latents_mean, statistics.latents_std)
         self._data = RecordDataset(dataset, "train")
         self._text = open_encoder(start, vae_stage / "conditions")
+        self._sight = sight_for(transformer)
 
     def micro_batches(self, payload: Batch, extra: None = None) -> Sequence[Batch]:
         return (payload,)
@@ -127,10 +130,12 @@ class SftProgram:
 
     def _latents(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         record = self._data.cheap(index)
-        return (
-            self._cache.stack(image.digest for image in record.inputs),
-            self._cache.stack(image.digest for image in record.targets),
-        )
+        digests = [image.digest for image in record.inputs]
+        inputs, targets = self._cache.stack(digests), self._cache.stack(image.digest for image in record.targets)
+        if self._sight is not None:
+            seen = self._sight.lookup(digests, lambda: self._data.record(index).decode().inputs, *targets.shape[-2:])
+            inputs = torch.cat([inputs, seen], dim=1)
+        return inputs, targets
 
 
 def make_sft_program(

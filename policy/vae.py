@@ -14,6 +14,7 @@ from pydantic import Field
 
 from common.config import StrictConfig
 from common.errors import CheckpointError
+from policy.sight import Sight
 
 INITIAL_LOGVAR = -6.0
 
@@ -140,16 +141,27 @@ class LatentCodec:
         CheckpointError: the VAE carries no measured latent statistics.
     """
 
-    def __init__(self, vae: ImageVae) -> None:
+    def __init__(self, vae: ImageVae, sight: Sight | None = None) -> None:
+        """
+        Args:
+            sight: what the latents of input images carry beside them, for a transformer that sees.
+        """
         if vae.config.latents_mean is None or vae.config.latents_std is None:
             raise CheckpointError("the VAE has no latents_mean/latents_std; run `omnialpha vae` to measure them")
         self.vae = vae.eval().requires_grad_(False)
         self._video = isinstance(vae, AutoencoderKLQwenImage)
-        halvings = len(vae.temperal_downsample) if self._video else len(vae.config.block_out_channels) - 1
-        self.factor = 2**halvings
+        self.factor = self.factor_of(vae)
+        self._sight = sight
         self.channels = latent_channels(vae)
         self._mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1)
         self._std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
+
+    @staticmethod
+    def factor_of(vae: ImageVae) -> int:
+        """Pixels along a side of one latent."""
+        if isinstance(vae, AutoencoderKLQwenImage):
+            return 2 ** len(vae.temperal_downsample)
+        return 2 ** (len(vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def encode(self, layers_BCHW: torch.Tensor) -> torch.Tensor:
@@ -158,10 +170,10 @@ class LatentCodec:
         return (mean - self._mean.to(mean)) / self._std.to(mean)
 
     def encode_stack(self, images: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:
-        """Latents (N, C, height/f, width/f) of N images (4, height, width); N may be 0."""
-        if not images:
-            return torch.zeros(0, self.channels, height // self.factor, width // self.factor)
-        return self.encode(torch.stack(list(images)))
+        """Latents (N, C, height/f, width/f) of N input images (4, height, width), with sight's channels; N may be 0."""
+        size = height // self.factor, width // self.factor
+        latents_NCHW = self.encode(torch.stack(list(images))) if images else torch.zeros(0, self.channels, *size)
+        return latents_NCHW if self._sight is None else torch.cat([latents_NCHW, self._sight.of(images, *size)], 1)
 
     def decode_stacks(self, latents_BMCHW: torch.Tensor) -> torch.Tensor:
         """Layers (B, M, 4, H, W) of B stacks of M latents."""

@@ -57,10 +57,19 @@ CONTEXT = {
 )
 def test_a_configuration_mistake_names_the_key_and_the_remedy(capsys, override, expected):
     overrides = [override, *(o for prefix, others in CONTEXT.items() if override.startswith(prefix) for o in others)]
-    code, message = run_main(capsys, "plan", "demo", *overrides)
+    code, message = run_main(capsys, "plan", "scratch", *overrides)
     assert code == 2
     for part in expected:
         assert part in message, message
+
+
+def test_a_size_that_the_shipped_policy_cannot_split_is_refused_before_anything_starts(capsys, tmp_path):
+    code, message = run_main(
+        capsys, "run", "demo", f"run_dir={tmp_path / 'run'}", "tracking.wandb=disabled", "data.size=52"
+    )
+    assert code == 2
+    assert "data.size 52 must be a multiple of 8" in message
+    assert "vae.start" in message
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""What a network that knows ImageNet sees in an input image, laid over the image's latents as further channels.
+
+A small transformer that has met some hundred photos cannot tell an object from its background in a new one; this is
+to it what Qwen2.5-VL's image tokens are to the paper's. A transformer that takes more channels in than the latents it
+predicts have is one that sees (``DitConfig.sight``); targets have zeros there.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImageTransformer2DModel
+from torch import Tensor
+
+from policy.dit import PATCH, SIGHT_CHANNELS
+from policy.features import load_efficientnet
+
+ENLARGED = 2
+"""The network was trained at 224 pixels; images are looked at this much larger, which small ones gain from."""
+KEPT = 16384
+"""Images remembered; one of 64 pixels takes 45 kB."""
+
+
+def sight_for(transformer: QwenImageTransformer2DModel) -> "Sight | None":
+    """What a transformer wants beside latents, None where it sees nothing but them."""
+    return Sight() if transformer.config.in_channels > transformer.config.out_channels * PATCH**2 else None
+
+
+class Sight:
+    """Features of images by EfficientNet-Lite0, remembered by the digest of their pixels."""
+
+    def __init__(self) -> None:
+        self._network = load_efficientnet()
+        self._known: OrderedDict[str, list[Tensor]] = OrderedDict()
+
+    def of(self, images: Sequence[Tensor], height: int, width: int) -> Tensor:
+        """Features (N, 472, height, width) of N images, each (4, H, W) in [0, 1]; transparent ones lie on white.
+
+        Each location has mean 0 and variance 1 over the channels of each of the network's three sizes.
+        """
+        seen = [_laid_out(self._levels(image), height, width) for image in images]
+        return torch.stack(seen) if seen else torch.zeros(0, SIGHT_CHANNELS, height, width)
+
+    def lookup(self, digests: Sequence[str], images: Callable[[], Sequence[Tensor]], height: int, width: int) -> Tensor:
+        """As :meth:`of`, for images that are decoded only if one of them was not seen before."""
+        if not all(digest in self._known for digest in digests):
+            for digest, image in zip(digests, images(), strict=True):
+                self._known[digest] = self._levels(image)
+        for digest in digests:
+            self._known.move_to_end(digest)
+        seen = [_laid_out(self._known[digest], height, width) for digest in digests]
+        while len(self._known) > KEPT:
+            self._known.popitem(last=False)
+        return torch.stack(seen) if seen else torch.zeros(0, SIGHT_CHANNELS, height, width)
+
+    @torch.no_grad()
+    def _levels(self, image_4HW: Tensor) -> list[Tensor]:
+        colour, alpha = image_4HW[:3], image_4HW[3:]
+        on_white = (colour * alpha + 1 - alpha).float()[None]
+        # One image at a time and in float32, whatever the caller computes in: the same in training and in sampling.
+        with torch.autocast(on_white.device.type, enabled=False):
+            enlarged = F.interpolate(on_white, scale_factor=float(ENLARGED), mode="bicubic").clamp(0, 1)
+            return [level[0].half() for level in self._network.projections(enlarged)[2:]]
+
+
+def _laid_out(levels: Sequence[Tensor], height: int, width: int) -> Tensor:
+    """Levels (C, h, w) standardised at each location, at one size and joined."""
+    laid = []
+    for level in levels:
+        standard = F.layer_norm(level.float().permute(1, 2, 0), level.shape[:1]).permute(2, 0, 1)
+        laid.append(F.interpolate(standard[None], (height, width), mode="bilinear", align_corners=False)[0])
+    return torch.cat(laid)
