@@ -13,7 +13,7 @@ from actors.packages import check_runtime_env
 from data.tasks import get_task
 from pipeline.config import RunConfig
 from policy.base import TEXT_WIDTH
-from policy.dit import PATCH
+from policy.dit import PATCH, SIGHT_CHANNELS
 from policy.estimate import Footprint, footprint
 from policy.text import MAX_TOKENS, TEXT_DIM
 
@@ -102,7 +102,7 @@ def _transformer(config: RunConfig) -> dict[str, Any]:
     channels = config.vae.network.latent_channels
     return {
         "patch_size": PATCH,
-        "in_channels": channels * PATCH**2,
+        "in_channels": (channels + network.sight * SIGHT_CHANNELS) * PATCH**2,
         "out_channels": channels,
         "num_layers": network.layers,
         "num_attention_heads": network.heads,
