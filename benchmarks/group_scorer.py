@@ -2,9 +2,10 @@
 
     python -m benchmarks.group_scorer [--repeats 5] [--threads 2]
 
-- ``one by one / group``: a layer-decomposition group of eight scored with each preset at 64² and 512², against calling
-  every term for every member on its own: the same scorers on batches of one, which blend and measure the truth again
-  each time. The scores must agree to 1e-6.
+- ``metrics / group``: a layer-decomposition group of eight scored with the preset ``paper`` at 64² and 512², against
+  calling torchmetrics' SSIM and PSNR, the perceptual network and a boundary blur for every image pair on its own.
+- ``one by one / group``: the same with each preset, against our own scorers on batches of one, which blend and measure
+  the truth again each time. The scores must agree to 1e-6 (SSIM of torchmetrics: 1e-5, it rounds differently).
 - ``group of 8 at 1024²``: the same task without the perceptual network, from arrays to scores, and its share of bare
   kernels: nothing but SSIM of ready blends and the blur of ready bands.
 
@@ -27,17 +28,20 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from data.rgba import over
 from data.tasks import get_task
 from policy.group import GroupPixels
+from policy.perceptual import PerceptualDistance
 from rewards.base import RewardBatch, run_scorer
 from rewards.combine import RewardConfig, TermConfig
 from rewards.groups import build_scorers, reward_batch, score_group
 from rewards.similarity import blur, gaussian, ssim
-from rewards.terms import boundary_radius, on_black_and_white, soft_band
+from rewards.terms import PSNR_CEILING_DB, SOFT_BAND, boundary_radius, on_black_and_white, soft_band
 
 TASK, MEMBERS = "layer_decomposition", 8
+ROUNDING = 1e-5
 GAIN, SECONDS, SHARE, MEMORY_GB = 2.0, 6.0, 1.2, 4.0
 """Targets: gain of a group, time and share of kernels of the large one, memory of the process."""
 
@@ -78,6 +82,50 @@ def one_by_one(config: RewardConfig, scorers: dict, batch: RewardBatch) -> np.nd
             values.append(run_scorer(term.name, scorers[term.name], alone).values_G[0])
         rows.append(values)
     return np.array(rows)
+
+
+def library_metrics(batch: RewardBatch) -> np.ndarray:
+    """The preset ``paper`` by libraries' metrics, one image pair after the other, (T, G)."""
+    task, (image,) = get_task(TASK), batch.inputs
+    assert batch.targets_LCHW is not None
+    distance = PerceptualDistance()
+    radius = boundary_radius(*image.shape[-2:])
+    line = torch.tensor(gaussian(radius, radius / 3))
+
+    def grounds(layer_4HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        black = layer_4HW[:3] * layer_4HW[3:]
+        return black[None], (black + 1 - layer_4HW[3:])[None]
+
+    def fidelity(layer_4HW: torch.Tensor, truth_4HW: torch.Tensor) -> float:
+        found = []
+        for x, y in zip(grounds(layer_4HW), grounds(truth_4HW), strict=True):
+            _, similarity = structural_similarity_index_measure(x, y, data_range=1.0, return_full_image=True)
+            ratio_db = peak_signal_noise_ratio(x, y, data_range=1.0)
+            found += [float(similarity.mean()), float((ratio_db / PSNR_CEILING_DB).clamp(0, 1))]
+        return float(np.mean(found))
+
+    def band(alpha_HW: torch.Tensor) -> torch.Tensor:
+        soft = ((alpha_HW >= SOFT_BAND[0]) & (alpha_HW <= SOFT_BAND[1])).float()[None, None]
+        across = F.conv2d(soft, line.view(1, 1, 1, -1), padding=(0, radius))
+        return F.conv2d(across, line.view(1, 1, -1, 1), padding=(radius, 0))[0, 0]
+
+    columns = []
+    for layers_LCHW in batch.layers_GLCHW:
+        pairs = list(zip(layers_LCHW, batch.targets_LCHW, strict=True))
+        backs = [zip(grounds(pairs[k][0]), grounds(pairs[k][1]), strict=True) for k in task.backgrounds]
+        edges = []
+        for layer, truth in (pairs[k] for k in task.foregrounds):
+            mask = (band(layer[3]) + band(truth[3])).clamp(0, 1)
+            edges.append(float(1 - (mask * (layer[3] - truth[3]).abs()).sum() / mask.sum()))
+        columns.append(
+            [
+                np.mean([fidelity(layer, truth) for layer, truth in pairs]),
+                fidelity(over(layers_LCHW[None])[0], image),
+                np.mean([1 - float(distance(x[None], y)) for pair in backs for x, y in pair]),
+                np.mean(edges),
+            ]
+        )
+    return np.array(columns).T
 
 
 def kernels(batch: RewardBatch) -> Callable[[], None]:
@@ -133,6 +181,21 @@ def main() -> None:
                 partial(one_by_one, config, scorers, batch),
                 partial(score_group, config, scorers, pixels),
             )
+            if preset == "paper":
+                metrics_TG = library_metrics(batch)
+                off = np.abs(score_group(config, scorers, pixels).scores_TG - metrics_TG).max()
+                library, group_again = alternate(
+                    1, partial(library_metrics, batch), partial(score_group, config, scorers, pixels)
+                )
+                record[f"metrics {size}"] = {"metrics": library, "group": group_again, "apart": float(off)}
+                print(
+                    f"{preset} at {size}², metrics / group: {library / group_again:.2f}  ({library:.3f} s / "
+                    f"{group_again:.3f} s), scores differ by at most {off:.1e}"
+                )
+                if not off <= ROUNDING:
+                    missed.append(f"scores at {size}² differ from the libraries' by {off:.1e}")
+                if library < GAIN * group_again:
+                    missed.append(f"a group at {size}² gains {library / group_again:.2f} over single metrics")
             record[f"{preset} {size}"] = {"one by one": single, "group": group, "apart": float(apart)}
             print(
                 f"{preset} at {size}², one by one / group: {single / group:.2f}  ({single:.3f} s / {group:.3f} s), "
