@@ -149,8 +149,9 @@ class RunConfig(StrictConfig):
         for term in values["rewards"]["terms"]:
             for key in ("isolated", "deadline_s", "resources"):  # where and how long, not what
                 del term[key]
-            if term["runtime_env"] is None:
-                del term["runtime_env"]
+            for key in ("runtime_env", "optimises"):
+                if term[key] is None:
+                    del term[key]
         return values
 
     def identity_hash(self) -> str:

@@ -12,6 +12,7 @@ from common.errors import ConfigError, RewardError
 from data.tasks import TASKS, get_task
 from rewards.base import Scores, is_shipped
 from rewards.isolation import DEADLINE_S, ResourcesConfig, RuntimeEnvConfig
+from rewards.metrics import HIGHER_IS_BETTER
 from rewards.presets import presets
 
 Array = np.ndarray
@@ -38,6 +39,9 @@ class TermConfig(StrictConfig):
     """Keyword arguments of the scorer. Paths in ``weights`` and ``folder`` count from where the command is given."""
     tasks: tuple[str, ...] | None = None
     """Tasks it judges; null leaves it to the task table for the paper's terms, else takes every task with rewards."""
+    optimises: tuple[str, ...] | None = None
+    """Metrics (``rewards/metrics.py``) that it trains on directly, so that they prove nothing and are not watched; null
+    takes what is known of a shipped scorer, which is nothing for your own."""
     isolated: bool | None = None
     """Whether it runs in a process of its own, which may crash or hang without harm to the run. null: a user's own
     code does, and any term that has one of the next three settings; the shipped scorers share the reward actors'."""
@@ -58,6 +62,13 @@ class TermConfig(StrictConfig):
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return tasks
+
+    @field_validator("optimises")
+    @classmethod
+    def _measured(cls, metrics: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if unknown := [name for name in metrics or () if name not in HIGHER_IS_BETTER]:
+            raise ValueError(f"no metric {unknown[0]!r}; there are {', '.join(HIGHER_IS_BETTER)}")
+        return metrics
 
     @model_validator(mode="after")
     def _shares_or_not(self) -> "TermConfig":

@@ -85,7 +85,12 @@ class WatchConfig(StrictConfig):
 def optimised(rewards: RewardConfig, task: str) -> dict[str, str]:
     """Metrics that the task's reward trains on directly, and the term that does."""
     terms = [rewards.terms[k] for k in active_terms(rewards, task)]
-    return {metric: term.name for term in terms if term.weight for metric in OPTIMISES.get(term.source, ())}
+    return {
+        metric: term.name
+        for term in terms
+        if term.weight
+        for metric in (OPTIMISES.get(term.source, ()) if term.optimises is None else term.optimises)
+    }
 
 
 def applies(metric: str, task: str) -> bool:

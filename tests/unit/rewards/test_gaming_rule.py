@@ -212,6 +212,15 @@ def test_a_renamed_term_is_known_by_its_scorer():
     assert optimised(config, TASK) == {"alpha_grad": "mine"}
 
 
+def test_a_term_says_itself_what_a_scorer_of_your_own_trains_on():
+    own = TermConfig(name="mine", scorer="mine.py:score", optimises=("alpha_mad", "alpha_grad"))
+    assert optimised(RewardConfig(terms=(own,)), TASK) == {"alpha_mad": "mine", "alpha_grad": "mine"}
+    nothing = TermConfig(name="alpha_gradient", optimises=())
+    assert optimised(RewardConfig(terms=(nothing,)), TASK) == {}
+    with pytest.raises(ValueError, match="no metric 'alpha_mda'; there are alpha_mad"):
+        TermConfig(name="mine", optimises=("alpha_mda",))
+
+
 def test_only_metrics_that_a_task_has_are_watched_there():
     assert watched(WATCH, terms("layer"), "object_removal") == ("rgb_l1_alpha", "frechet")
 
