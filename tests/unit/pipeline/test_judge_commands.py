@@ -2,8 +2,10 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -48,12 +50,32 @@ def test_a_judge_is_checked_through_its_server(server, real_dataset, tmp_path, m
     assert len(server.asked) > 100
 
 
-def test_a_judge_is_served_for_a_check_and_nothing_of_it_is_left(python, real_dataset, tmp_path, capsys):
+def left(folder: Path) -> list[str]:
+    """What a server that was started under ``folder`` has left: its log, and processes that name anything there."""
+    lines = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    return [*map(str, folder.glob("omnialpha-judge-*")), *(line for line in lines if str(folder) in line)]
+
+
+def test_a_judge_is_served_for_a_check_and_nothing_of_it_is_left(python, real_dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "model").mkdir()
     command = ["judge", "check", str(tmp_path / "model"), str(real_dataset), "--records", "2"]
     assert main([*command, "--serve", f"python={python}", "cpus=0.5"]) == 0
     assert "questions without an answer    0\n" in capsys.readouterr().out
-    assert not list(tmp_path.glob("**/*.log"))
+    assert not left(tmp_path)
+
+
+def test_a_server_that_does_not_come_up_says_why_and_leaves_its_log(
+    python, real_dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    python.write_text("#!/bin/sh\necho out of memory\nexit 3\n")
+    assert main(["judge", "check", str(tmp_path / "model"), str(real_dataset), "--serve", f"python={python}"]) == 1
+    said = capsys.readouterr().err
+    assert "it ended with exit code 3 before it was ready" in said
+    assert "out of memory" in said
+    assert [Path(path).is_dir() for path in left(tmp_path)] == [True]
 
 
 @pytest.mark.parametrize(
