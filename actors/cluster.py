@@ -88,6 +88,8 @@ def check_placement(rows: Sequence[PlacementRow], cpus: float, gpus: float | Non
     remedy = "lower cluster.*.actors, cluster.*.cpus or cluster.*.gpus"
     if any(row.role.startswith("scorer ") for row in rows):
         remedy += ", or the resources of rewards.terms"
+    if any(row.role == "judge" for row in rows):
+        remedy += ", or judging.server"
     for kind, offered in (("CPU", cpus), ("GPU", gpus)):
         asked = [(row, row.cpus if kind == "CPU" else row.gpus) for row in rows]
         need = sum(amount for _, amount in asked)
@@ -100,19 +102,19 @@ def check_placement(rows: Sequence[PlacementRow], cpus: float, gpus: float | Non
 
 
 @contextlib.contextmanager
-def connected(config: ClusterConfig, scorers: Sequence[PlacementRow] = ()) -> Iterator[None]:
+def connected(config: ClusterConfig, others: Sequence[PlacementRow] = ()) -> Iterator[None]:
     """Ray for the length of a run: an existing cluster, or one of this run's own.
 
     Args:
         config: where it is, and the actors of each role.
-        scorers: what isolated reward terms reserve beside them.
+        others: what isolated reward terms and the judge reserve beside them.
 
     Raises:
         ClusterError: no cluster answers at the address.
         PlacementError: the cluster is too small for the configured actors.
     """
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    rows = [*placement(config), *scorers]
+    rows = [*placement(config), *others]
     _reach(address)
     if address == "local":
         check_placement(rows, config.cpus or os.cpu_count() or 1, torch.cuda.device_count())

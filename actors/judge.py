@@ -2,16 +2,17 @@
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import ray
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from actors.cluster import PlacementRow
@@ -40,6 +41,8 @@ class JudgeUrlConfig(StrictConfig):
     """Name under which it serves the model."""
     key_env: str | None = None
     """Name of the environment variable of the run that holds the key; the key itself is nowhere written."""
+    start_deadline_s: float = Field(60.0, gt=0)
+    """Longest wait for its first answer, when the run begins."""
 
     @field_validator("url")
     @classmethod
@@ -61,12 +64,48 @@ class JudgeServing(StrictConfig):
     """Or a server that is there already."""
     client: JudgeClientConfig = JudgeClientConfig()
     """How it is asked."""
+    missing: Literal["drop", "wait", "fail"] = "wait"
+    """A question without an answer for ``client.patience_s``: its score is left out (``drop``), it is asked until it is
+    answered or ``cluster.deadline_s`` ends the run (``wait``), or it ends the run (``fail``)."""
 
     @model_validator(mode="after")
     def _one(self) -> "JudgeServing":
         if (self.server is None) == (self.external is None):
             raise ValueError("give either server, which the run starts, or external, which is there already")
         return self
+
+    @property
+    def model(self) -> str:
+        """The model's folder or name: what the answers depend on."""
+        return self.server.model if self.server else self._external.model
+
+    @property
+    def first_patience_s(self) -> float:
+        """Longest wait for the first answer; own servers were ready before they are asked."""
+        return self.client.patience_s if self.server else self._external.start_deadline_s
+
+    def anchored(self) -> "JudgeServing":
+        """With absolute paths."""
+        return self.model_copy(update={"server": self.server and self.server.anchored()})
+
+    def check(self) -> None:
+        """What can be found out before anything starts.
+
+        Raises:
+            ConfigError: the model's folder is not there, or the key is not in the environment.
+        """
+        if self.external:
+            external_endpoint(self.external)
+        elif Path(self.model).is_absolute() and not Path(self.model).is_dir():
+            raise ConfigError(
+                f"judging.server.model {self.model}: no such folder; give a model's, or train one with "
+                "`omnialpha judge train judge-small`"
+            )
+
+    @property
+    def _external(self) -> JudgeUrlConfig:
+        assert self.external
+        return self.external
 
 
 def judge_placement(config: JudgeServing) -> list[PlacementRow]:
@@ -142,6 +181,7 @@ class JudgePool:
         Raises:
             ConfigError: there is no key in the environment, no environment of the judge, or no vision in the model, or
                 the port is taken.
+            RewardError: somebody else's server does not answer.
             OmniAlphaError: a server ended or was not ready in time; the message ends with its last lines.
         """
         self._config = config
@@ -153,7 +193,7 @@ class JudgePool:
             else:
                 assert config.external
                 self._endpoints = FixedEndpoints((external_endpoint(config.external),))
-            self.asker().check_vision()
+            self._client(config.first_patience_s).check_vision()
         except BaseException:
             self.close()
             raise
@@ -161,7 +201,16 @@ class JudgePool:
     def asker(self) -> JudgeClient:
         """A client of the judge, which may be sent to other processes of the cluster. It spreads its questions over the
         servers and finds those that were started again."""
-        return JudgeClient(self._endpoints, self._config.client)
+        return self._client(math.inf if self._config.missing == "wait" else self._config.client.patience_s)
+
+    def check(self) -> None:
+        """
+        Raises:
+            OmniAlphaError: all servers were given up, and no score may be missing; the message ends with the last lines
+                of one.
+        """
+        if self._config.missing != "drop":
+            self._endpoints()
 
     def metrics(self) -> dict[str, float]:
         """What the servers count (:data:`rewards.judge.server_metrics.METRICS`), summed over them; of a server that
@@ -185,6 +234,10 @@ class JudgePool:
             with contextlib.suppress(RayError):
                 ray.kill(actor, no_restart=True)
         self._actors = []
+
+    def _client(self, patience_s: float) -> JudgeClient:
+        client = self._config.client.model_copy(update={"patience_s": patience_s})
+        return JudgeClient(self._endpoints, client, Path(self._config.model).name)
 
     def _served(self, server: JudgeServerConfig, logs: Path) -> Endpoints:
         # Nobody else knows the name and the key: whoever answers to them is this run's.

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import select
 import signal
 import socket
@@ -36,6 +37,9 @@ FREED_S = 15.0
 """How long a port may still be held by the server of a run that just ended."""
 
 
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
 class JudgeServerConfig(StrictConfig):
     """vLLM servers of one model, which the run starts and ends."""
 
@@ -64,6 +68,14 @@ class JudgeServerConfig(StrictConfig):
     """How often in a row a server is started again without having been ready for a minute."""
     arguments: tuple[str, ...] = ()
     """Further arguments of vLLM's server, for example --max-model-len 4096. They are saved with the run: no secrets."""
+
+    def anchored(self) -> "JudgeServerConfig":
+        """With absolute paths: the servers' actors work in another directory."""
+        path = Path(self.model).expanduser()
+        model = self.model if HUB_NAME.fullmatch(self.model) and not path.exists() else str(path.resolve())
+        # Not resolved: an environment's interpreter is a link, and knows its environment by where the link is.
+        python = self.python and self.python.expanduser().absolute()
+        return self.model_copy(update={"model": model, "python": python})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ so that pixels never pass through the driver."""
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,14 +182,21 @@ class Scoring:
 class RewardPool:
     """All reward actors, which are replaced when they die, and the processes of isolated terms."""
 
-    def __init__(self, config: ClusterConfig, rewards: RewardConfig, notify: Notify = unheard) -> None:
-        """``notify`` hears of losses and replacements of reward actors.
+    def __init__(
+        self, config: ClusterConfig, rewards: RewardConfig, notify: Notify = unheard, strict: Collection[str] = ()
+    ) -> None:
+        """
+        Args:
+            config: where the actors live.
+            rewards: what they score by.
+            notify: hears of losses and replacements of reward actors.
+            strict: terms of which no score may be missing.
 
         Raises:
             OmniAlphaError: an actor does not start, or a scorer cannot be built.
         """
         role, isolated = config.reward, isolated_terms(rewards)
-        self._config = rewards
+        self._config, self._strict = rewards, frozenset(strict)
         actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RewardActor)
         self.crew = Crew(
             "reward",
@@ -221,7 +228,7 @@ class RewardPool:
             ClusterError: an actor failed, or took too long.
         """
         return [
-            join_scores(self._config, [*shared, *own], f"group {group.name}")
+            join_scores(self._config, [*shared, *own], f"group {group.name}", self._strict)
             for group, shared, own in zip(groups, *self._wait(groups, "reward actors: scores"), strict=True)
         ]
 
@@ -237,7 +244,7 @@ class RewardPool:
         for shared, own in zip(*self._wait(chunks, what), strict=True):
             for number, here in enumerate(shared):
                 scores = [*here.scores, *(own[number] if own else ())]
-                joined = join_scores(self._config, scores, f"record {here.name}") if scores else None
+                joined = join_scores(self._config, scores, f"record {here.name}", self._strict) if scores else None
                 terms = dict(zip(joined.terms, joined.scores_TG[:, 0].tolist(), strict=True)) if joined else {}
                 measured.append(Measured(terms, here.metrics, joined.reasons if joined else (), *here.features))
         return measured

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 import configs
 from actors.cluster import ClusterConfig
+from actors.judge import JudgeServing
 from common.config import StrictConfig, load_yaml, validate
 from common.errors import ConfigError
 from data.config import DataConfig
@@ -31,6 +32,7 @@ from policy.folder import shipped_policies
 from policy.vae_program import VaeLossConfig
 from rewards.combine import RewardConfig, TermConfig, active_terms
 from rewards.gaming import optimised, watched
+from rewards.judge.served import served_terms
 from rewards.judge.templates import anchored
 
 
@@ -63,6 +65,8 @@ class RunConfig(StrictConfig):
     """Stage 4."""
     rewards: RewardConfig
     """Reward terms and how they become advantages."""
+    judging: JudgeServing | None = None
+    """Who answers reward terms ``judge`` that have no model's folder of their own; None serves nothing."""
     cluster: ClusterConfig = ClusterConfig()
     """Placement."""
     tracking: TrackingConfig = TrackingConfig()
@@ -118,6 +122,28 @@ class RunConfig(StrictConfig):
             raise ValueError("vae.network.norm_groups must divide every entry of vae.network.channels")
         return self
 
+    @model_validator(mode="after")
+    def _the_judge_is_served_and_asked(self) -> "RunConfig":
+        served = served_terms(self.rewards)
+        if served and not self.judging:
+            raise ValueError(
+                f"rewards: term {served[0].name!r} has nobody to ask; say in judging who serves the judge, or give the "
+                "term params.folder, a judge's model folder"
+            )
+        if self.judging and not served:
+            raise ValueError(
+                "judging: no reward term asks; add {name: judge, tasks: [text_to_rgba]} to rewards.terms, or leave "
+                "judging out"
+            )
+        if self.judging and self.judging.missing == "fail":
+            for term in served:
+                if term.params.get("protocol") == "grid":
+                    raise ValueError(
+                        f"judging.missing: fail cannot be with protocol grid of term {term.name!r}, which has no score "
+                        "for the single samples of the evaluation; choose wait, or pointwise"
+                    )
+        return self
+
     @property
     def folder(self) -> Path:
         """Run folder; absolute once :func:`load_config` has filled it in."""
@@ -145,6 +171,7 @@ class RunConfig(StrictConfig):
         exclude |= {"continued": cadence if self.control else True}
         exclude |= {"judge": cadence if self.judge else True}
         exclude |= {} if self.evaluate.primary else {"evaluate": {"primary"}}
+        exclude |= {"judging": True}
         values = self.model_dump(mode="json", exclude=exclude | dict.fromkeys(outside, True))
         for term in values["rewards"]["terms"]:
             for key in ("isolated", "deadline_s", "resources"):  # where and how long, not what
@@ -152,7 +179,7 @@ class RunConfig(StrictConfig):
             for key in ("runtime_env", "optimises"):
                 if term[key] is None:
                     del term[key]
-        return values
+        return values | ({"judging": {"model": self.judging.model}} if self.judging else {})  # not where, or how fast
 
     def identity_hash(self) -> str:
         """Short hash of :meth:`identity`, recorded in every commit."""
@@ -195,6 +222,7 @@ def _anchored(config: RunConfig) -> RunConfig:
             "grpo": config.grpo.model_copy(update={"start": _policy(config.grpo.start)}),
             "rewards": config.rewards.model_copy(update={"terms": tuple(map(_anchored_term, config.rewards.terms))}),
             "judge": config.judge and _anchored_judge(config.judge),
+            "judging": config.judging and config.judging.anchored(),
         }
     )
 

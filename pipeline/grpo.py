@@ -13,7 +13,7 @@ import functools
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,14 @@ log = logging.getLogger("omnialpha")
 Scored = tuple[Group, GroupMeta, GroupScores]
 
 
-def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: RewardPool) -> None:
-    """Trains the starting policy with rewards of its decoded layers."""
+def run_grpo(
+    run: Run,
+    learner: LearnerGroup,
+    rollouts: RolloutPool,
+    rewards: RewardPool,
+    judged: Callable[[], dict[str, float]] = dict,
+) -> None:
+    """Trains the starting policy with rewards of its decoded layers; ``judged``: what the judge's servers count."""
     config, stage = run.config, run.config.grpo
     make = stage.program(starting_point(run, "grpo"))
     engine = EngineConfig(zero_stage=stage.zero_stage, precision=stage.precision)
@@ -64,6 +70,7 @@ def run_grpo(run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: Re
             if batch.items:
                 record |= update(run, learner, step, batch.items, weights)
             ahead.publish(step + 1)
+            record |= {f"judge/{name}": count for name, count in judged().items()}
             empty = 0 if batch.items else empty + 1
             account(run, step + 1, batch, weights.version)
             report(run, step + 1, record, batch, sampled - began, time.monotonic() - sampled)

@@ -4,12 +4,16 @@ import argparse
 import dataclasses
 import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
+from pipeline.reward_commands import key_values
 
 if TYPE_CHECKING:
+    from rewards.judge.asking import Asker
     from rewards.judge.checking import JudgeCheck
 
 log = logging.getLogger("omnialpha")
@@ -25,8 +29,16 @@ def register(commands: Any) -> None:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example judge.steps=2000")
     train.set_defaults(handler=_train)
     check = judge.add_parser("check", help="agreement with graded degradations, position bias, spread, cost")
-    check.add_argument("judge", type=Path, help="folder of a Qwen2.5-VL, asked in this process")
+    check.add_argument("judge", help="folder of a Qwen2.5-VL, asked in this process, or the URL of a vLLM server")
     check.add_argument("dataset", type=Path, help="a dataset folder")
+    check.add_argument(
+        "--serve",
+        nargs="*",
+        metavar="key=value",
+        help="have vLLM serve the folder and ask it over HTTP; settings as in judging.server, for example gpus=true",
+    )
+    check.add_argument("--model", help="name under which the server at the URL knows the model")
+    check.add_argument("--key-env", metavar="NAME", help="environment variable that holds the server's key")
     check.add_argument("--split", default="test", choices=("train", "val", "test"))
     check.add_argument("--templates", default="small", help="shipped prompt templates (small, vlm) or a folder")
     check.add_argument("--records", type=int, default=20, help="records per task (%(default)s)")
@@ -42,25 +54,49 @@ def _train(options: argparse.Namespace) -> None:
     run_stages(load_config(options.config, options.overrides), ("judge",))
 
 
+@contextmanager
+def _asked(options: argparse.Namespace) -> "Iterator[tuple[Asker, Callable[[str], int]]]":
+    """Whoever the command line names, and how many tokens a text has there."""
+    from actors.judge import JudgeServing
+    from actors.judge_here import judge_here
+    from common.config import validate
+    from rewards.judge.model import ModelJudge
+
+    judge, by_url = options.judge, "://" in options.judge
+    if by_url and (options.serve is not None or not options.model):
+        raise ConfigError(f"{judge}: a server is named by its URL and --model NAME; --serve is for a folder")
+    if not by_url and (options.model or options.key_env):
+        raise ConfigError(f"{judge}: --model and --key-env are for a server, whose URL has http:// or https://")
+    if by_url:
+        serving = {"external": {"url": judge, "model": options.model, "key_env": options.key_env}}
+    elif options.serve is not None:
+        serving = {"server": {**key_values(options.serve), "model": judge}}
+    else:
+        here = ModelJudge(Path(judge))
+        yield here, here.reader.tokens
+        return
+    with judge_here(validate(JudgeServing, serving, "judge check").anchored()) as client:
+        yield client, client.tokens
+
+
 def _check(options: argparse.Namespace) -> None:
     from common.commit import write_atomic
     from common.events import finite
     from data.records import RecordDataset
     from rewards.judge.checking import check_judge
-    from rewards.judge.model import ModelJudge
     from rewards.judge.templates import load_templates
 
     if options.records < 2:
         raise ConfigError(f"--records {options.records}: at least 2 are needed to compare")
-    judge, templates = ModelJudge(options.judge), load_templates(options.templates)
-    templates.check_labels(judge.reader.tokens)
-    data = RecordDataset(options.dataset, options.split)
+    templates, data = load_templates(options.templates), RecordDataset(options.dataset, options.split)
 
     def progress(done: int, work: int) -> None:
         if done % 20 == 0 or done == work:
             log.info("judge check: %d of %d records", done, work)
 
-    found = check_judge(judge, templates, data, options.records, options.seed, progress)
+    with _asked(options) as (judge, tokens):
+        templates.check_labels(tokens)
+        found = check_judge(judge, templates, data, options.records, options.seed, progress)
     for line in render(found):
         log.info("%s", line)
     if options.out:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import yaml
 
-from actors.cluster import check_placement, placement
+from actors.cluster import PlacementRow, check_placement, placement
 from actors.isolation import isolated_terms, scorer_placement
+from actors.judge import judge_placement
 from actors.packages import check_runtime_env
 from data.tasks import get_task
 from pipeline.config import RunConfig
@@ -26,7 +27,7 @@ REAL_TOKENS = 3 * 196 + 128
 
 def render_plan(config: RunConfig) -> str:
     """Resolved configuration, actors and cores, as text."""
-    rows = [*placement(config.cluster), *scorer_placement(config.rewards)]
+    rows = [*placement(config.cluster), *other_rows(config)]
     width = max(len(row.role) for row in rows)
     lines = [yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(), "", "actors:"]
     lines += [f"  {row.role:{width}s} {row.actors} processes, {_reserved(row.cpus, row.gpus)}" for row in rows]
@@ -54,6 +55,12 @@ def render_plan(config: RunConfig) -> str:
     ]
     lines += [f"doubtful: {doubt}" for doubt in config.grpo.doubts()]
     return "\n".join(lines)
+
+
+def other_rows(config: RunConfig) -> list[PlacementRow]:
+    """What is reserved beside the roles of ``cluster``: by isolated reward terms and the judge's servers."""
+    judge = judge_placement(config.judging) if config.judging else []
+    return [*scorer_placement(config.rewards), *judge]
 
 
 def _needs(config: RunConfig) -> list[str]:
@@ -126,15 +133,15 @@ def check_plan(config: RunConfig) -> None:
     """
     for term in isolated_terms(config.rewards):
         check_runtime_env(term)
-    scorers = scorer_placement(config.rewards)
+    others = other_rows(config)
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         from actors.cluster import connected
 
-        with connected(config.cluster, scorers):
+        with connected(config.cluster, others):
             pass
     else:
         check_placement(
-            [*placement(config.cluster), *scorers],
+            [*placement(config.cluster), *others],
             config.cluster.cpus or os.cpu_count() or 1,
             torch.cuda.device_count(),
         )

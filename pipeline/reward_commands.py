@@ -5,6 +5,7 @@ import argparse
 import inspect
 import keyword
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    arguments = (options.target, _params(options.params), options.task, options.size)
+    arguments = (options.target, key_values(options.params), options.task, options.size)
     findings = in_child(options.target, options.deadline, _check_here, *arguments)
     print(_table([(finding.status, finding.what, finding.detail) for finding in findings]))
     if failed := [finding.what for finding in findings if finding.status == "failed"]:
@@ -141,18 +142,26 @@ def _check_here(beat: Beat, *arguments: Any) -> Any:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from actors.judge_here import judge_here
     from pipeline.config import load_config
     from pipeline.rescore import render, write
     from rewards.combine import RewardConfig, TermConfig
+    from rewards.judge.served import check_templates, with_judge
 
+    judging = None
     if options.targets:
         names = [target.rpartition(":")[2] for target in options.targets]
         terms = [TermConfig(name=n, scorer=t) for n, t in zip(names, options.targets, strict=True)]
         config = RewardConfig(terms=tuple(terms))
     else:
-        config = load_config(options.config).rewards
+        run = load_config(options.config)
+        config, judging = run.rewards, run.judging
     what = ", ".join(term.name for term in config.terms)
-    result = in_child(what, options.deadline, _score_here, config, options.rollouts)
+    with judge_here(judging) if judging else nullcontext() as asker:
+        if asker:
+            check_templates(config, asker)
+            config = with_judge(config, asker)
+        result = in_child(what, options.deadline, _score_here, config, options.rollouts)
     print("\n\n".join(_table(rows) for rows in render(result)))
     if options.out:
         for path in write(result, options.rollouts, options.out):
@@ -180,7 +189,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _params(items: Sequence[str]) -> dict[str, Any]:
+def key_values(items: Sequence[str]) -> dict[str, Any]:
     """``key=value`` texts as the config would read them: YAML values, dotted keys nest."""
     import yaml
     from omegaconf import OmegaConf

@@ -4,6 +4,7 @@ runs/<name>/  identity.json config.yaml events.jsonl log.txt
               dataset/            unless config.dataset names another
               vae/ sft/ continued/ grpo/   step-…/ training commits, final/ what the stage hands on
               grpo/watch/         looks of the gaming watch
+              judging/            what the judge's servers wrote
               evaluate/final/     results.json, table.md, grids
 """
 

@@ -6,9 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from actors.cluster import connected
-from actors.isolation import ScorerPool, isolated_terms, scorer_placement
+from actors.isolation import ScorerPool, isolated_terms
+from actors.judge import JudgePool
 from actors.learner import LearnerGroup
 from actors.packages import check_runtime_env
 from actors.reward import RewardPool
@@ -20,6 +22,7 @@ from data.records import RecordDataset, content_digest
 from pipeline.config import RunConfig
 from pipeline.evaluate import run_evaluate
 from pipeline.grpo import run_grpo
+from pipeline.plan import other_rows
 from pipeline.report import report_finished
 from pipeline.report_data import environment
 from pipeline.run import Run
@@ -28,6 +31,9 @@ from policy.dit import PATCH
 from policy.folder import load_vae, policy_digest
 from policy.vae import LatentCodec
 from rewards.base import build, check_source, describe
+from rewards.combine import RewardConfig
+from rewards.judge.client import FixedEndpoints, JudgeClient
+from rewards.judge.served import check_templates, served_terms, with_judge
 
 log = logging.getLogger("omnialpha")
 
@@ -122,8 +128,13 @@ def _prepare(run: Run, todo: Sequence[str]) -> None:
         )
     for doubt in config.grpo.doubts() if "grpo" in todo else ():
         log.warning("%s", doubt)
-    described = {}
-    for term in config.rewards.terms:
+    described, rewards = {}, config.rewards
+    if judging := config.judging:
+        if {"grpo", "evaluate"} & set(todo):
+            judging.check()
+        # Nobody serves yet: this one is never asked, and lets params and templates be read.
+        rewards = with_judge(rewards, JudgeClient(FixedEndpoints(()), judging.client, Path(judging.model).name))
+    for term in rewards.terms:
         if not term.own_process:
             if words := describe(build(term.source, term.params)):
                 described[term.name] = words
@@ -151,23 +162,49 @@ class Actors:
         return LearnerGroup(self._config.cluster)
 
     @cached_property
+    def judge(self) -> JudgePool | None:
+        judging = self._config.judging
+        return JudgePool(judging, self._run.folder / "judging") if judging else None
+
+    @cached_property
+    def terms(self) -> RewardConfig:
+        """The reward terms, with the run's judge in those that ask it."""
+        terms = self._config.rewards
+        if not self.judge:
+            return terms
+        asker = self.judge.asker()
+        check_templates(terms, asker)
+        return with_judge(terms, asker)
+
+    @cached_property
     def rewards(self) -> RewardPool:
-        return RewardPool(self._config.cluster, self._config.rewards, self._run.events.write)
+        judging, terms = self._config.judging, self.terms
+        strict = [term.name for term in served_terms(terms)] if judging and judging.missing == "fail" else []
+        return RewardPool(self._config.cluster, terms, self._run.events.write, strict)
 
     @cached_property
     def rollouts(self) -> RolloutPool:
         return RolloutPool(self._config.cluster, rollout_setup(self._run), self._run.events.write)
 
     def try_scorers(self) -> None:
-        """Starts the isolated terms' processes and ends them again: what is wrong with one must not be found out hours
-        later, after the training before it."""
-        if terms := isolated_terms(self._config.rewards):
+        """Starts the judge, which stays, and the isolated terms' processes, which are ended again: what is wrong with
+        one must not be found out hours later, after the training before it."""
+        if terms := isolated_terms(self.terms):
             ScorerPool(terms, self._config.cluster.deadline_s).close()
+
+    def judged(self) -> dict[str, float]:
+        """What the judge's servers count now; raises as :meth:`actors.judge.JudgePool.check`."""
+        if not self.judge:
+            return {}
+        self.judge.check()
+        return self.judge.metrics()
 
     def close(self) -> None:
         """Ends what outlives its last reference."""
-        if "rewards" in self.__dict__:  # otherwise nothing has started them
-            self.rewards.close()
+        with contextlib.ExitStack() as closing:
+            for part in ("judge", "rewards"):  # the last one first
+                if (started := self.__dict__.get(part)) is not None:  # otherwise nothing has started it
+                    closing.callback(started.close)
 
 
 def rollout_setup(run: Run) -> RolloutSetup:
@@ -188,7 +225,7 @@ def rollout_setup(run: Run) -> RolloutSetup:
 def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
     # Ray installs signal handlers of its own when it connects: ours go on top.
     with (
-        connected(run.config.cluster, scorer_placement(run.config.rewards)),
+        connected(run.config.cluster, other_rows(run.config)),
         run.signals(),
         contextlib.closing(Actors(run)) as actors,
     ):
@@ -218,7 +255,7 @@ def run_stage(run: Run, actors: Actors, stage: str) -> None:
         case "continued":
             run_continued(run, actors.learner)
         case "grpo":
-            run_grpo(run, actors.learner, actors.rollouts, actors.rewards)
+            run_grpo(run, actors.learner, actors.rollouts, actors.rewards, actors.judged)
         case "evaluate":
             run_evaluate(run, actors.rollouts, actors.rewards)
 

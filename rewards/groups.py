@@ -1,7 +1,7 @@
 """Scoring decoded groups with configured terms, and judging the rewards themselves on stored ones."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,14 +74,24 @@ def score_terms(config: RewardConfig, scorers: Mapping[str, Scorer], pixels: Gro
     return [run_scorer(name, scorers[name], batch) for name in here if batch]
 
 
-def join_scores(config: RewardConfig, scores: Sequence[Scores], where: str) -> GroupScores:
+def join_scores(
+    config: RewardConfig, scores: Sequence[Scores], where: str, strict: Collection[str] = ()
+) -> GroupScores:
     """One group's scores, in the order of the configured terms, wherever each was made.
+
+    Args:
+        config: of the rewards.
+        scores: one entry per active term.
+        where: names the group in the error.
+        strict: terms of which no score may be missing, whatever ``config.missing`` says of the others.
 
     Raises:
         RewardError: a score is missing and the policy is ``fail``; names the term and ``where``.
     """
     place = {term.name: k for k, term in enumerate(config.terms)}
     ordered = sorted(scores, key=lambda entry: place[entry.name])
+    if demanded := [entry for entry in ordered if entry.name in strict]:
+        stack_scores(demanded, "fail", where)
     reasons = tuple(f"{s.name}: {reason}" for s in ordered for reason in s.reasons if reason is not None)
     names, seconds = tuple(s.name for s in ordered), tuple(s.seconds for s in ordered)
     return GroupScores(names, stack_scores(ordered, config.missing, where), reasons, seconds)

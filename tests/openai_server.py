@@ -1,9 +1,13 @@
 """A server that speaks the part of vLLM's protocol that a judge needs, and misbehaves on request.
 
-As a program, ``openai_server.py PORT MODEL KEY``, it stands where the supervisor expects vLLM.
+As a program, ``openai_server.py PORT MODEL KEY [MARK [LIVES]]``, it stands where the supervisor expects vLLM. MARK
+tells whose it is. With LIVES, a file in which its lives are counted, it ends the first three of them at their third
+question, and likes bright pictures.
 """
 
+import base64
 import contextlib
+import io
 import json
 import math
 import os
@@ -15,19 +19,23 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from PIL import Image, ImageStat
+
 Misbehaviour = Callable[["Handler"], None]
 
 
 class OpenAIServer(ThreadingHTTPServer):
-    """Each character is a token. The answer to every question is the last label, with probability .7."""
+    """Each character is a token. The answer to every question is the last label, with the probability :attr:`likes`."""
 
     daemon_threads = True
 
     def __init__(self, port: int = 0, model: str = "judge", key: str | None = None) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.model, self.key = model, key
-        self.script: list[Misbehaviour] = []
-        """What is done to the next questions instead of answering them; emptied from the front."""
+        self.script: list[Misbehaviour | None] = []
+        """What is done to the next questions instead of answering them (None: nothing); emptied from the front."""
+        self.likes: Callable[[dict[str, Any]], float] = lambda body: 0.7
+        """Probability of the last label, by the question's body."""
         self.asked: list[dict[str, Any]] = []
         """Bodies of all questions, also of those that were not answered."""
         self.most_at_once = self.at_once = 0
@@ -72,7 +80,8 @@ class Handler(BaseHTTPRequestHandler):
             if misbehave:
                 misbehave(self)
             else:
-                self.reply(answer(body["allowed_token_ids"]))
+                last = server.likes(body)
+                self.reply(answer(body["allowed_token_ids"], last, rest=1 - last))
         finally:
             with server.lock:
                 server.at_once -= 1
@@ -93,14 +102,35 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
-def answer(ids: list[int], last: float = 0.7) -> dict[str, Any]:
-    """A reply in which the last label has probability ``last`` and the others share the rest."""
-    shares = [(1 - 0.7) / max(1, len(ids) - 1)] * (len(ids) - 1) + [last]
+def answer(ids: list[int], last: float = 0.7, rest: float = 0.3) -> dict[str, Any]:
+    """A reply in which the last label has probability ``last`` and the others share ``rest``."""
+    shares = [rest / max(1, len(ids) - 1)] * (len(ids) - 1) + [last]
     tops = [
         {"token": f"token_id:{k}", "logprob": math.log(share) if share > 0 else -9999.0}
         for k, share in zip(ids, shares, strict=True)
     ]
     return {"choices": [{"logprobs": {"content": [{"top_logprobs": tops}]}}]}
+
+
+def brightness(body: dict[str, Any]) -> float:
+    """Mean of the first picture of a question, 0 to 1."""
+    data = body["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
+    picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    return sum(ImageStat.Stat(picture).mean) / (3 * 255)
+
+
+def mortal(server: OpenAIServer, lives: str) -> Callable[[dict[str, Any]], float]:
+    """:func:`brightness`, until in one of the first three lives the third question comes."""
+    with open(lives, "a") as file:
+        file.write("x")
+        life = file.tell()
+
+    def likes(body: dict[str, Any]) -> float:
+        if life <= 3 and len(server.asked) >= 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return brightness(body)
+
+    return likes
 
 
 def status(code: int, **headers: str) -> Misbehaviour:
@@ -152,4 +182,6 @@ if __name__ == "__main__":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.pause()
     with OpenAIServer(int(sys.argv[1]), sys.argv[2], sys.argv[3]) as served:
+        if sys.argv[5:]:
+            served.likes = mortal(served, sys.argv[5])
         served.serve_forever()

@@ -45,7 +45,8 @@ class JudgeClientConfig(StrictConfig):
     """Longest wait for one reply; then the question is sent again."""
     patience_s: float = Field(600.0, ge=0)
     """How long a question waits for a server that is busy, restarts or does not answer, all attempts together; then
-    its score is missing. Where a restart fits in, a judge that dies loses no score; 0 waits for nothing."""
+    its score is missing. Where a restart fits in, a judge that dies loses no score; 0 waits for nothing. In a run with
+    ``judging.missing: wait`` there is no such limit."""
     attempts: int = Field(3, ge=1)
     """How often a question may get an answer that is none (garbage, no choice, no probability) before its score is
     missing."""
@@ -82,8 +83,9 @@ class JudgeClient:
     Safe to use from several threads. Pickled, it loses its cache and what it knows of the servers' state.
     """
 
-    def __init__(self, endpoints: Endpoints, config: JudgeClientConfig) -> None:
-        self.concurrency = config.concurrency
+    def __init__(self, endpoints: Endpoints, config: JudgeClientConfig, name: str = "judge") -> None:
+        """``name``: what the judge is called in reports."""
+        self.name, self.concurrency = name, config.concurrency
         self._endpoints, self._config = endpoints, config
         self._cache = AnswerCache(config.cache)
         self._ids: dict[str, tuple[int, ...]] = {}
@@ -93,7 +95,7 @@ class JudgeClient:
         self._places = threading.BoundedSemaphore(config.concurrency)
 
     def __reduce__(self) -> Any:
-        return JudgeClient, (self._endpoints, self._config)
+        return JudgeClient, (self._endpoints, self._config, self.name)
 
     def ask(self, text: str, images: Sequence[Image.Image], labels: Sequence[str]) -> Mapping[str, float]:
         """Probability of each label as the answer's only token; they sum to 1.
@@ -251,7 +253,7 @@ class JudgeClient:
     def _out_of_patience(self, reason: str) -> RewardError:
         return RewardError(
             f"the judge did not answer within {self._config.patience_s:g} s (patience_s), at last because: {reason}; "
-            "see the servers' logs, or raise patience_s"
+            "see the servers' logs, or give them longer"
         )
 
 

@@ -1,13 +1,18 @@
 """The judge as a reward term."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import ConfigError
 from rewards.base import RewardBatch, register
 from rewards.judge.asking import Asker
+from rewards.judge.client import JudgeClient
 from rewards.judge.protocols import Score, grid, pointwise
+from rewards.judge.served import TEMPLATES
 from rewards.judge.templates import Templates, load_templates
+
+if TYPE_CHECKING:
+    from rewards.judge.model import ModelJudge
 
 
 class JudgeScorer:
@@ -54,24 +59,36 @@ class Judge(JudgeScorer):
 
     def __init__(
         self,
-        folder: str | Path,
-        templates: str = "vlm",
+        folder: str | Path | None = None,
+        templates: str = TEMPLATES,
         protocol: Literal["pointwise", "grid"] = "pointwise",
         seed: int = 0,
         orders: int = 1,
+        asker: JudgeClient | None = None,
     ) -> None:
         """
         Args:
-            folder: a judge's model folder, asked in the scorer's own process.
+            folder: a judge's model folder, asked in the scorer's own process; None asks the run's judge.
             templates: ``small`` for a judge made by ``omnialpha judge train``, ``vlm`` for others, or a folder.
             protocol, seed, orders: as in :class:`JudgeScorer`.
+            asker: the run's judge (``judging``), which the run puts in after it has checked the labels.
 
         Raises:
-            ConfigError: a folder or template that cannot be used, or a label that is not one token.
+            ConfigError: a folder or template that cannot be used, a label that is not one token, or nobody to ask.
         """
-        from rewards.judge.model import ModelJudge  # slow to import, and rarely needed
-
-        judge, asked = ModelJudge(Path(folder).expanduser()), load_templates(templates)
-        asked.check_labels(judge.reader.tokens)
+        asked = load_templates(templates)
+        judge = asker if folder is None else _judge_of(Path(folder).expanduser(), asked)
+        if judge is None:
+            raise ConfigError(
+                "judge: nobody to ask; give params.folder, a model's folder, or say in the run's judging who serves one"
+            )
         super().__init__(judge, asked, protocol, seed, orders)
         self.describes = f"{judge.name}, {protocol}, templates {asked.folder.name}"
+
+
+def _judge_of(folder: Path, asked: Templates) -> "ModelJudge":
+    from rewards.judge.model import ModelJudge  # slow to import, and rarely needed
+
+    judge = ModelJudge(folder)
+    asked.check_labels(judge.reader.tokens)
+    return judge

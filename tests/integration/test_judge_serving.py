@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ from common.errors import ConfigError, RewardError
 from rewards.judge.asking import Question, ask_all
 from rewards.judge.client import JudgeClient, JudgeClientConfig
 from tests.integration.tiny_vlm import save_tiny_vlm
-from tests.openai_server import serving
+from tests.openai_server import serving, status
 
 PYTHON = Path(__file__).resolve().parents[2] / ".venv-judge" / "bin" / "python"
 needs_vllm = pytest.mark.skipif(not PYTHON.exists(), reason="vLLM's environment is missing: make judge-env")
@@ -119,6 +120,33 @@ def test_an_external_server_is_asked_with_the_key_of_the_environment(monkeypatch
         assert pool.metrics() == {"running": 3.0}
         assert "secret" not in repr(external_endpoint(external)) + config.model_dump_json()
         pool.close()
+
+
+def external_pool(server, folder: Path, missing: str, patience_s: float) -> JudgePool:
+    client = JudgeClientConfig(patience_s=patience_s, backoff_s=0.05, breaker_pause_s=0.1, cache=0)
+    external = JudgeUrlConfig(url=server.url, model="judge")
+    return JudgePool(JudgeServing(external=external, client=client, missing=missing), folder)
+
+
+def test_where_scores_may_not_be_missing_a_question_outlasts_its_patience(tmp_path):
+    with serving() as server:
+        asker = external_pool(server, tmp_path, "wait", patience_s=0.0).asker()
+        server.script = [status(503)] * 7
+        assert ask(asker)["9"] == pytest.approx(0.7)
+        for missing in ("drop", "fail"):
+            server.script = [None, status(503), status(503)]
+            with pytest.raises(RewardError, match="status 503"):
+                ask(external_pool(server, tmp_path, missing, patience_s=0.0).asker())
+
+
+def test_a_server_that_nobody_runs_is_waited_for_at_the_start_and_no_longer(tmp_path):
+    with serving() as server:
+        url = server.url
+    external = JudgeUrlConfig(url=url, model="judge", start_deadline_s=0.2)
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"did not answer within 0.2 s.*refused"):
+        JudgePool(JudgeServing(external=external), tmp_path)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://me:secret@host", "http://host/v1?key=secret"])

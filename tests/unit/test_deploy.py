@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from actors.cluster import check_placement, placement
-from actors.isolation import scorer_placement
 from pipeline.config import load_config
+from pipeline.plan import other_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
@@ -54,7 +54,7 @@ def test_the_jobs_command_is_one_of_the_package_and_its_configuration_resolves()
         group["replicas"] * float(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
         for group in workers
     )
-    check_placement([*placement(config.cluster), *scorer_placement(config.rewards)], offered, gpus=0)
+    check_placement([*placement(config.cluster), *other_rows(config)], offered, gpus=0)
     assert config.stop_grace_s < min(template["terminationGracePeriodSeconds"] for template in templates())
 
 
