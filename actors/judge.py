@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from actors.cluster import PlacementRow
 from actors.judge_server import JudgeServer, JudgeServerConfig
+from actors.processes import admit, enter
 from actors.waiting import expected, wait_all
 from common.config import StrictConfig
 from common.errors import ConfigError
@@ -200,8 +201,10 @@ class JudgePool:
         ]
         log.info("judge: starting %d servers of %s", server.replicas, server.model)
         # The actors keep the deadline; this one is for Ray, which may have no room for them.
-        ready = [actor.ready.remote() for actor in self._actors]
-        wait_all(ready, "judge servers to be ready", server.start_deadline_s * 1.1 + 60.0)
+        deadline = server.start_deadline_s * 1.1 + 60.0
+        for number, said in enumerate(wait_all([enter(actor) for actor in self._actors], "judge to start", deadline)):
+            admit(f"judge-actor-{number}", said)
+        wait_all([actor.ready.remote() for actor in self._actors], "judge servers to be ready", deadline)
         return ServedEndpoints(tuple(self._actors))
 
 
