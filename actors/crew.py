@@ -86,7 +86,7 @@ class Crew:
         self._answered_at = 0.0
         self._lost_at: dict[int, float] = {}
         self.actors = [make() for _ in range(count)]
-        self._starting = {number: enter(actor) for number, actor in enumerate(self.actors)}
+        self._starting = {number: enter(actor, self._name(number)) for number, actor in enumerate(self.actors)}
 
     def begin(self) -> None:
         """Waits until all are there.
@@ -175,12 +175,15 @@ class Crew:
                         done.append((asked[ref], value))
         return done
 
+    def _name(self, number: int) -> str:
+        return f"{self._role}-{number}"
+
     def _start_again(self) -> None:
         """Starts replacements that are due."""
         for number in self._health.due():
             self._health.restarting(number)
             self.actors[number] = self._make()
-            self._starting[number] = enter(self.actors[number])
+            self._starting[number] = enter(self.actors[number], self._name(number))
 
     def _give_out(self, pending: Sequence[Work]) -> None:
         """Work that nobody has goes to the serving actors with the least of it."""
@@ -194,7 +197,7 @@ class Crew:
         if self._starting.get(number) is not ref:
             return
         del self._starting[number]
-        admit(f"{self._role}-{number}", said)
+        admit(said)
         self._health.started(number)
         if number in self._lost_at:
             seconds = time.monotonic() - self._lost_at.pop(number)

@@ -20,6 +20,7 @@ from actors.processes import admit, enter
 from actors.waiting import expected, wait_all
 from common.config import StrictConfig
 from common.errors import ConfigError
+from common.role_logs import recorded
 from rewards.judge.client import Endpoints, FixedEndpoints, JudgeClient, JudgeClientConfig
 from rewards.judge.exchange import Endpoint
 from rewards.judge.server_metrics import server_metrics
@@ -79,6 +80,7 @@ def judge_placement(config: JudgeServing) -> list[PlacementRow]:
     return [PlacementRow("judge", server.replicas, server.replicas * server.cpus, gpus)]
 
 
+@recorded
 class JudgeActor:
     """Looks after one server; made into a Ray actor by :class:`JudgePool`. Its server ends when it does, however it
     does; started anew by Ray, it starts its server anew."""
@@ -202,8 +204,9 @@ class JudgePool:
         log.info("judge: starting %d servers of %s", server.replicas, server.model)
         # The actors keep the deadline; this one is for Ray, which may have no room for them.
         deadline = server.start_deadline_s * 1.1 + 60.0
-        for number, said in enumerate(wait_all([enter(actor) for actor in self._actors], "judge to start", deadline)):
-            admit(f"judge-actor-{number}", said)
+        entering = [enter(actor, f"judge-actor-{number}") for number, actor in enumerate(self._actors)]
+        for said in wait_all(entering, "judge actors to start", deadline):
+            admit(said)
         wait_all([actor.ready.remote() for actor in self._actors], "judge servers to be ready", deadline)
         return ServedEndpoints(tuple(self._actors))
 

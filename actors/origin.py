@@ -4,9 +4,12 @@
 So nothing here may name one of our modules outside a function body.
 """
 
+import faulthandler
 import hashlib
+import logging
 import os
 import platform
+import signal
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,15 +42,26 @@ def source_digest(root: Path) -> str:
     return whole.hexdigest()[:16]
 
 
-def arrive(_: Any) -> dict[str, Any]:
-    """Called on a new actor: its node, process and versions."""
+def arrive(_: Any, name: str, expected: dict[str, str], logs: Path | None) -> dict[str, Any]:
+    """Called on a new actor: opens its log, unless it runs something else than ``expected``.
+
+    Returns:
+        Its name, node, process and versions, for :func:`actors.processes.admit`.
+    """
     import psutil
     import ray
 
+    found = versions()
+    if logs and found == expected:
+        from common.role_logs import log_to
+
+        faulthandler.register(signal.SIGUSR2, file=log_to(logs / f"{name}.log"), all_threads=True)
+        logging.getLogger("omnialpha").info("process %d on %s: %s", os.getpid(), ray.util.get_node_ip_address(), found)
     return {
+        "name": name,
         "node": ray.get_runtime_context().get_node_id(),
         "address": ray.util.get_node_ip_address(),
         "pid": os.getpid(),
         "born": psutil.Process().create_time(),
-        "versions": versions(),
+        "versions": found,
     }

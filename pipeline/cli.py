@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.handler(options)
         return 0
     except OmniAlphaError as error:
-        print(f"omnialpha: {error}", file=sys.stderr)
+        print(f"omnialpha: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("omnialpha: interrupted; the same command again takes a run up at its last commit", file=sys.stderr)

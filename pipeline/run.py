@@ -1,6 +1,7 @@
 """The run folder: whose it is, what is done in it, and where its records go.
 
 runs/<name>/  identity.json config.yaml events.jsonl log.txt
+              logs/               one log per actor, stacks of actors that hung
               dataset/            unless config.dataset names another
               vae/ sft/ continued/ grpo/   step-…/ training commits, final/ what the stage hands on
               grpo/watch/         looks of the gaming watch
@@ -58,7 +59,7 @@ class Run:
         log.addHandler(self._log_file)
         self.events.write("run_started", config=config.identity_hash(), pid=os.getpid())
         self.tracker = Tracker(config, self.folder)
-        self.commits = 0
+        self.commits, self.committed_at = 0, time.time()
         self._stop: int | None = None
         self._stop_at = 0.0
 
@@ -231,7 +232,7 @@ class Progress:
         made = commit(temporary, folder, {"step": step, "config": self._run.config.identity_hash(), **facts})
         retain(self._root, self._run.config.keep_commits)
         self.committed = step
-        self._run.commits += 1
+        self._run.commits, self._run.committed_at = self._run.commits + 1, time.time()
         self._run.events.write("commit", stage=self._stage, step=step)
         return made
 
