@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from actors.metrics import RunMetrics
 from common.commit import Commit, begin, commit, latest, retain, step_folder, storage_errors, verify, write_atomic
 from common.errors import CheckpointError, ConfigError, Interrupted
 from common.events import EventLog, read_events
@@ -53,7 +54,7 @@ class Run:
         self._claim()
         past = read_events(self.folder / "events.jsonl")
         attempt = 1 + sum(event["event"] == "run_started" for event in past)
-        self.events = EventLog(self.folder / "events.jsonl", attempt)
+        self.events = EventLog(self.folder / "events.jsonl", attempt, RunMetrics(config.name).hear)
         self._log_file = logging.FileHandler(self.folder / "log.txt")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._log_file)
