@@ -12,6 +12,7 @@ import ray
 import torch
 from pydantic import Field
 
+from actors.processes import driver_versions
 from common.config import StrictConfig
 from common.errors import ClusterError, PlacementError
 
@@ -138,6 +139,7 @@ def connected(config: ClusterConfig, others: Sequence[PlacementRow] = ()) -> Ite
         try:
             resources = ray.cluster_resources()
             check_placement(rows, resources.get("CPU", 0), resources.get("GPU", 0))
+            driver_versions()
             yield
         finally:
             ray.shutdown()

@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors.health import Health, State
+from actors.processes import admit, enter
 from actors.waiting import LOOK_UP_EVERY_S, LOST, Wait, expected, lost_because
 from common.errors import ActorError
 
@@ -85,13 +86,14 @@ class Crew:
         self._answered_at = 0.0
         self._lost_at: dict[int, float] = {}
         self.actors = [make() for _ in range(count)]
-        self._starting = {number: actor.__ray_ready__.remote() for number, actor in enumerate(self.actors)}
+        self._starting = {number: enter(actor, self._name(number)) for number, actor in enumerate(self.actors)}
 
     def begin(self) -> None:
         """Waits until all are there.
 
         Raises:
             ActorError: a constructor raised, or actors were lost one after the other.
+            ClusterError: one of them does not run the driver's code.
             DeadlineError: they were not there in time.
         """
         what = f"{self._role} actors to start"
@@ -166,19 +168,22 @@ class Crew:
             else:
                 with self._lock:
                     if ref in starting:
-                        self._started(starting[ref], ref)
+                        self._started(starting[ref], ref, value)
                     else:
                         self._health.answered()
                         self._answered_at = time.monotonic()
                         done.append((asked[ref], value))
         return done
 
+    def _name(self, number: int) -> str:
+        return f"{self._role}-{number}"
+
     def _start_again(self) -> None:
         """Starts replacements that are due."""
         for number in self._health.due():
             self._health.restarting(number)
             self.actors[number] = self._make()
-            self._starting[number] = self.actors[number].__ray_ready__.remote()
+            self._starting[number] = enter(self.actors[number], self._name(number))
 
     def _give_out(self, pending: Sequence[Work]) -> None:
         """Work that nobody has goes to the serving actors with the least of it."""
@@ -187,11 +192,12 @@ class Crew:
             if not work.refs:
                 work.give(min(serving, key=lambda actor: sum(other.actor is actor for other in pending)))
 
-    def _started(self, number: int, ref: Any) -> None:
+    def _started(self, number: int, ref: Any, said: dict[str, Any]) -> None:
         """An actor is there, which several threads may have waited for."""
         if self._starting.get(number) is not ref:
             return
         del self._starting[number]
+        admit(said)
         self._health.started(number)
         if number in self._lost_at:
             seconds = time.monotonic() - self._lost_at.pop(number)

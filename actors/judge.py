@@ -17,9 +17,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from actors.cluster import PlacementRow
 from actors.judge_server import JudgeServer, JudgeServerConfig
+from actors.processes import admit, enter
 from actors.waiting import expected, wait_all
 from common.config import StrictConfig
 from common.errors import ConfigError
+from common.role_logs import recorded
 from rewards.judge.client import Endpoints, FixedEndpoints, JudgeClient, JudgeClientConfig
 from rewards.judge.exchange import Endpoint
 from rewards.judge.server_metrics import server_metrics
@@ -117,6 +119,7 @@ def judge_placement(config: JudgeServing) -> list[PlacementRow]:
     return [PlacementRow("judge", server.replicas, server.replicas * server.cpus, gpus)]
 
 
+@recorded
 class JudgeActor:
     """Looks after one server; made into a Ray actor by :class:`JudgePool`. Its server ends when it does, however it
     does; started anew by Ray, it starts its server anew."""
@@ -253,8 +256,11 @@ class JudgePool:
         ]
         log.info("judge: starting %d servers of %s", server.replicas, server.model)
         # The actors keep the deadline; this one is for Ray, which may have no room for them.
-        ready = [actor.ready.remote() for actor in self._actors]
-        wait_all(ready, "judge servers to be ready", server.start_deadline_s * 1.1 + 60.0)
+        deadline = server.start_deadline_s * 1.1 + 60.0
+        entering = [enter(actor, f"judge-actor-{number}") for number, actor in enumerate(self._actors)]
+        for said in wait_all(entering, "judge actors to start", deadline):
+            admit(said)
+        wait_all([actor.ready.remote() for actor in self._actors], "judge servers to be ready", deadline)
         return ServedEndpoints(tuple(self._actors))
 
 

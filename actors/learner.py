@@ -23,10 +23,12 @@ from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, sum_stats
 from actors.operator_cache import load_operator
+from actors.processes import admit, enter
 from actors.rollout import Weights
 from actors.waiting import LOST, lost_because, wait_all
 from common.commit import storage_errors
 from common.errors import ActorError, ClusterError, DeadlineError, LearnerError, NumericsError
+from common.role_logs import recorded
 from data.records import RecordDataset
 from policy.latents import LatentSums, encode_records, latent_statistics, split_work
 from policy.programs import Program
@@ -80,6 +82,7 @@ def first_ratio_message(error: float, bound: float) -> str:
     )
 
 
+@recorded
 class LearnerRank:
     """One DeepSpeed rank; made into a Ray actor by :class:`LearnerGroup`."""
 
@@ -253,8 +256,11 @@ class LearnerGroup:
         config, role = self._config, self._config.learner
         actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(LearnerRank)
         self._ranks = [actor.remote(rank, role.threads) for rank in range(self.world)]
+        entering = [enter(rank, f"learner-{number}") for number, rank in enumerate(self._ranks)]
+        for said in wait_all(entering, "learner ranks to start", self._deadline):
+            admit(said)
         asked = self._ranks[0].address.remote(LOOPBACK if one_node() else None, config.learner_port)
-        ((address, port),) = wait_all([asked], "rank 0 to start", self._deadline)
+        ((address, port),) = wait_all([asked], "a rendezvous of the learner ranks", self._deadline)
         connecting = [rank.connect.remote(address, port, self.world) for rank in self._ranks]
         wait_all(connecting, "ranks to connect", self._deadline)
 

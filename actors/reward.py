@@ -20,6 +20,7 @@ from actors.isolation import ScorerPool, isolated_terms
 from actors.rollout import Group
 from actors.waiting import wait_futures
 from common.commit import storage_errors
+from common.role_logs import recorded
 from data.rgba import draw_grid, encode_png
 from data.tasks import get_task
 from policy.group import GroupPixels
@@ -56,6 +57,7 @@ class MeasuredHere:
     """Of the predicted and the true layers."""
 
 
+@recorded
 class RewardActor:
     """Scores groups by the terms that share its process; made into a Ray actor by :class:`RewardPool`."""
 

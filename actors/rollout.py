@@ -23,6 +23,7 @@ from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.crew import Crew, Notify, Work, unheard
 from common.errors import ActorError
+from common.role_logs import recorded
 from data.records import RecordDataset
 from data.tasks import get_task
 from policy.conditions import open_encoder
@@ -78,6 +79,7 @@ class RolloutSetup:
     """Of the transformer while it samples groups; evaluation samples in float32."""
 
 
+@recorded
 class RolloutActor:
     """Samples groups; made into a Ray actor by :class:`RolloutPool`."""
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from actors.stacks import dump_stacks
 from common.errors import ActorError, DeadlineError, OmniAlphaError
 
 log = logging.getLogger("omnialpha")
@@ -23,6 +24,9 @@ LOOK_UP_EVERY_S = 0.5
 
 LOST = (RayActorError, OutOfMemoryError, NodeDiedError)
 """How Ray says that an actor is gone, as opposed to an error that it raised."""
+
+PROCESS_ENDED = "its process"
+"""How a message about the end of an actor's process begins."""
 
 Value = TypeVar("Value")
 
@@ -75,9 +79,13 @@ class Wait:
         now = time.monotonic()
         waited, silent = now - self._start, now - max(self._start, heard_at)
         if silent >= self._deadline:
+            overdue = f"{self._what}: {missing} of {self._count} still missing after {self._deadline:.0f} s"
+            log.warning("%s", overdue)
+            folder = dump_stacks()
+            seen = f"what every process was doing is in {folder}; " if folder else ""
             raise DeadlineError(
-                f"{self._what}: {missing} of {self._count} still missing after {self._deadline:.0f} s; "
-                "raise cluster.deadline_s if the work is that slow, otherwise look for a stuck actor in `ray status`"
+                f"{overdue}; {seen}raise cluster.deadline_s if the work is that slow, otherwise look for a stuck actor "
+                "in `ray status`"
             )
         if now - self._reported >= REPORT_EVERY_S:
             self._reported, there = now, self._count - missing
@@ -135,7 +143,7 @@ def lost_because(error: RayError) -> str:
         return lines[-1].partition(": ")[2] or lines[-1]
     if "connection error code 2" in str(error):  # Ray saw no more of it than its end
         pid = next((f" {line[4:].strip()}" for line in lines if line.startswith("pid:")), "")
-        return f"its process{pid} ended: killed, out of memory, or a crash"
+        return f"{PROCESS_ENDED}{pid} ended: killed, out of memory, or a crash"
     return next((line for line in lines if line.startswith("The actor is dead because")), lines[0])[:300]
 
 

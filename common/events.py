@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,18 @@ from common.commit import storage_errors
 
 
 class EventLog:
-    """Appends events, from any thread; ``attempt`` counts the driver's starts on this run folder."""
+    """Appends events, from any thread."""
 
-    def __init__(self, path: Path, attempt: int = 0) -> None:
+    def __init__(self, path: Path, attempt: int = 0, hear: Callable[[str, dict[str, Any]], None] | None = None) -> None:
+        """
+        Args:
+            path: the file.
+            attempt: counts the driver's starts on this run folder.
+            hear: is told of each event and its facts too.
+        """
         self.path = path
         self.attempt = attempt
+        self._hear = hear
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
@@ -37,6 +44,8 @@ class EventLog:
         with self._lock, storage_errors(self.path):
             self._file.write(json.dumps(finite(line), separators=(",", ":"), allow_nan=False) + "\n")
             self._file.flush()
+        if self._hear:
+            self._hear(event, fields)
 
     def sync(self) -> None:
         """Makes everything written so far durable; comes before a commit that refers to it."""

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import ConfigError, OmniAlphaError
-from pipeline import data_import, export, judge_commands, release, report, reward_commands, sample, status, vae_convert
+from pipeline import (
+    data_import,
+    export,
+    judge_commands,
+    release,
+    report,
+    reward_commands,
+    sample,
+    status,
+    trace,
+    vae_convert,
+)
 
 log = logging.getLogger("omnialpha")
 
@@ -37,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.handler(options)
         return 0
     except OmniAlphaError as error:
-        print(f"omnialpha: {error}", file=sys.stderr)
+        print(f"omnialpha: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("omnialpha: interrupted; the same command again takes a run up at its last commit", file=sys.stderr)
@@ -71,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     data_import.register(data)
     report.register(commands)
     status.register(commands)
+    trace.register(commands)
     reward_commands.register(commands)
     judge_commands.register(commands)
     sample.register(commands)

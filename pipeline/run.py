@@ -1,6 +1,7 @@
 """The run folder: whose it is, what is done in it, and where its records go.
 
 runs/<name>/  identity.json config.yaml events.jsonl log.txt
+              logs/               one log per actor, stacks of actors that hung
               dataset/            unless config.dataset names another
               vae/ sft/ continued/ grpo/   step-…/ training commits, final/ what the stage hands on
               grpo/watch/         looks of the gaming watch
@@ -23,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from actors.metrics import RunMetrics
 from common.commit import Commit, begin, commit, latest, retain, step_folder, storage_errors, verify, write_atomic
 from common.errors import CheckpointError, ConfigError, Interrupted
 from common.events import EventLog, read_events
@@ -53,13 +55,13 @@ class Run:
         self._claim()
         past = read_events(self.folder / "events.jsonl")
         attempt = 1 + sum(event["event"] == "run_started" for event in past)
-        self.events = EventLog(self.folder / "events.jsonl", attempt)
+        self.events = EventLog(self.folder / "events.jsonl", attempt, RunMetrics(config.name).hear)
         self._log_file = logging.FileHandler(self.folder / "log.txt")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._log_file)
         self.events.write("run_started", config=config.identity_hash(), pid=os.getpid())
         self.tracker = Tracker(config, self.folder)
-        self.commits = 0
+        self.commits, self.committed_at = 0, time.time()
         self._stop: int | None = None
         self._stop_at = 0.0
 
@@ -232,7 +234,7 @@ class Progress:
         made = commit(temporary, folder, {"step": step, "config": self._run.config.identity_hash(), **facts})
         retain(self._root, self._run.config.keep_commits)
         self.committed = step
-        self._run.commits += 1
+        self._run.commits, self._run.committed_at = self._run.commits + 1, time.time()
         self._run.events.write("commit", stage=self._stage, step=step)
         return made
 

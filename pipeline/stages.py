@@ -13,9 +13,12 @@ from actors.isolation import ScorerPool, isolated_terms
 from actors.judge import JudgePool
 from actors.learner import LearnerGroup
 from actors.packages import check_runtime_env
+from actors.processes import roster
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
-from common.errors import CheckpointError, ConfigError, LearnerError, StorageError
+from actors.waiting import PROCESS_ENDED
+from common.errors import CheckpointError, ConfigError, Interrupted, LearnerError, StorageError
+from common.role_logs import first_failure
 from data.build import build_dataset
 from data.manifest import MANIFEST, read_manifest
 from data.records import RecordDataset, content_digest
@@ -85,10 +88,23 @@ def run_stages(config: RunConfig, stages: Sequence[str]) -> None:
     except BaseException as error:
         with contextlib.suppress(StorageError):  # a full disk must not hide the error that brought us here
             run.events.write("run_failed", error=type(error).__name__, message=str(error))
+        if cause := root_cause(run, error):
+            error.add_note(cause)
         log.debug("the run ended with an error", exc_info=True)
         raise
     finally:
         run.close()
+
+
+def root_cause(run: Run, error: BaseException) -> str | None:
+    """The first exception of any actor since the last commit, unless ``error`` itself says it: what the driver stumbles
+    over may be its consequence. None also where a process ended: what its peers say of that is no cause.
+    """
+    if isinstance(error, Interrupted) or PROCESS_ENDED in str(error):
+        return None
+    cause = first_failure(run.folder / "logs", run.committed_at)
+    said = cause and cause.message and cause.message in str(error)
+    return str(cause) if cause and not said else None
 
 
 def _prepare(run: Run, todo: Sequence[str]) -> None:
@@ -156,6 +172,7 @@ class Actors:
 
     def __init__(self, run: Run) -> None:
         self._run, self._config = run, run.config
+        roster.open(run.folder / "logs")
 
     @cached_property
     def learner(self) -> LearnerGroup:
@@ -201,6 +218,7 @@ class Actors:
 
     def close(self) -> None:
         """Ends what outlives its last reference."""
+        roster.open(None)
         with contextlib.ExitStack() as closing:
             for part in ("judge", "rewards"):  # the last one first
                 if (started := self.__dict__.get(part)) is not None:  # otherwise nothing has started it
