@@ -77,7 +77,7 @@ def footprint(
     """
     layers, sizes = int(settings["num_layers"]), (batch, images, side, text_tokens)
     two, three = (_counted(settings, lora, n, sizes, base_dtype, recomputed) for n in (2, 3))
-    return Footprint(*(a + (b - a) * (layers - 2) for a, b in zip(two, three, strict=True)), recomputed)
+    return Footprint(*(a + (b - a) * (layers - 2) for a, b in zip(two, three, strict=True)), recomputed=recomputed)
 
 
 def _counted(settings, lora, layers, sizes, dtype, recomputed) -> tuple[int, ...]:
