@@ -66,6 +66,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.group_scorer
 	$(BIN)/python -m benchmarks.overlap
 	$(BIN)/python -m benchmarks.grpo_step runs/demo
+	$(BIN)/python -m benchmarks.sft_throughput runs/demo
 
 base: setup
 	$(BIN)/omnialpha rgb demo-base

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers import ModelMixin
 from pydantic import Field
 
 from common.config import StrictConfig
@@ -51,6 +52,8 @@ class EngineConfig(StrictConfig):
     """Decay of the averaged weights that a stage hands on; 0 switches averaging off."""
     precision: Precision = "float32"
     """Of matrix products and convolutions in the forward and backward pass (autocast); weights stay float32."""
+    gradient_checkpointing: bool = False
+    """Whether the backward pass computes the blocks of a diffusers model again instead of keeping their activations."""
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
@@ -73,6 +76,9 @@ class Engine:
         self.config, self.optimiser = config, optimiser
         self.world = torch.distributed.get_world_size()
         self.module = module
+        if config.gradient_checkpointing:
+            assert isinstance(module, ModelMixin)
+            module.enable_gradient_checkpointing()
         parameters = [p for p in module.parameters() if p.requires_grad]
         # By name and once: a program may switch between adapters, and with them what carries gradients.
         self._trained = {name for name, p in module.named_parameters() if p.requires_grad}

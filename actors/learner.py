@@ -31,8 +31,9 @@ from common.errors import ActorError, ClusterError, DeadlineError, LearnerError,
 from common.role_logs import recorded
 from data.records import RecordDataset
 from policy.latents import LatentSums, encode_records, latent_statistics, split_work
-from policy.programs import Program
+from policy.programs import Program, SftProgram
 from policy.rl import GrpoProgram, RlProgram
+from policy.schedule import ScheduleConfig
 from policy.weights import digest, pack, unpack
 
 LOOPBACK = "127.0.0.1"
@@ -222,6 +223,17 @@ class LearnerRank:
             with storage_errors(folder):
                 self._program.export(folder, weights)
 
+    def draw(self, path: Path, indices: Sequence[int], schedule: ScheduleConfig) -> None:
+        """Draws validation records with the current weights. All ranks sample, as a forward pass under ZeRO 3 takes all
+        of them; rank 0 writes the PNG."""
+        engine, program = self._ready(), self._program
+        assert isinstance(program, SftProgram)
+        picture = program.draw(engine.engine, indices, schedule)
+        if self._rank == 0:
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+
     def encode(self, model: Path, dataset: Path, work: tuple[list[int], frozenset[str]], out: Path) -> LatentSums:
         """Encodes this rank's share of the training split (between stages: no engine needed)."""
         return encode_records(model, RecordDataset(dataset, "train"), *work, out)
@@ -371,6 +383,10 @@ class LearnerGroup:
     def export(self, folder: Path) -> None:
         """Writes the policy folder that the stage hands on."""
         self._each("export", lambda r, _: r.export.remote(folder))
+
+    def draw(self, path: Path, indices: Sequence[int], schedule: ScheduleConfig) -> None:
+        """Draws validation records into a PNG: input, sample of the current weights, truth."""
+        self._each("pictures", lambda r, _: r.draw.remote(path, indices, schedule))
 
     def encode_split(self, model: Path, dataset: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes the training split into shards under ``out``; returns mean and std of the latents per channel."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ from actors.rollout import Group
 from actors.waiting import wait_futures
 from common.commit import storage_errors
 from common.role_logs import recorded
-from data.rgba import draw_grid, encode_png
+from data.rgba import draw_grid, encode_png, layer_rows
 from data.tasks import get_task
 from policy.group import GroupPixels
 from policy.rollout_files import read_rollouts, write_rollouts
@@ -98,11 +99,7 @@ class RewardActor:
 
     def draw_group(self, path: Path, pixels: GroupPixels, members: int = 6) -> None:
         """PNG: inputs, the first members and the truth; one row per layer."""
-        rows = []
-        for layer, truth in enumerate(pixels.targets_LCHW):
-            image = torch.tensor(pixels.inputs[min(layer, len(pixels.inputs) - 1)]) if pixels.inputs else None
-            drawn = [torch.tensor(member[layer]) for member in pixels.layers_GLCHW[:members]]
-            rows.append([image, *drawn, torch.tensor(truth)])
+        rows = _rows(pixels, list(pixels.layers_GLCHW[:members]))
         count = len(rows[0]) - 2
         titles = ["input", *(f"sample {k}" for k in range(count)), "truth"]
         _save(path, draw_grid(rows, titles, [pixels.prompt, *([""] * (len(rows) - 1))]))
@@ -112,18 +109,20 @@ class RewardActor:
 
         In ``cells/<name of the PNG>/`` beside it: the same images one by one with their alpha, and an index.
         """
-        grid, prompts, layers = [], [], []
+        grid, prompts, layers = list[list[torch.Tensor | None]](), list[str](), list[str]()
         for groups in list(zip(*runs, strict=True))[:rows]:
-            first = groups[0]
-            for layer, truth in enumerate(first.targets_LCHW):
-                image = torch.tensor(first.inputs[min(layer, len(first.inputs) - 1)]) if first.inputs else None
-                outputs = [torch.tensor(group.layers_GLCHW[0][layer]) for group in groups]
-                grid.append([image, *outputs, torch.tensor(truth)])
-                prompts.append(first.prompt)
-                layers.append(get_task(first.task).targets[layer])
+            first, roles = groups[0], get_task(groups[0].task).targets
+            grid += _rows(first, [group.layers_GLCHW[0] for group in groups])
+            prompts += [first.prompt] * len(roles)
+            layers += roles
         columns = ["input", *titles, "truth"]
         _save(path, draw_grid(grid, columns, prompts))
         _save_cells(path.parent / "cells" / path.stem, grid, columns, prompts, layers)
+
+
+def _rows(pixels: GroupPixels, stacks: Sequence[np.ndarray]) -> list[list[torch.Tensor | None]]:
+    inputs, drawn = ([torch.tensor(image) for image in images] for images in (pixels.inputs, stacks))
+    return layer_rows(inputs, drawn, torch.tensor(pixels.targets_LCHW))
 
 
 def _save(path: Path, picture: Image.Image) -> None:

@@ -30,13 +30,13 @@ from policy.conditions import open_encoder
 from policy.dit import PATCH
 from policy.folder import load_transformer, load_vae, starting_policy
 from policy.group import GroupMeta, GroupPixels, GroupRequest, GroupTrajectory, Recording
+from policy.held_out import sample_records
 from policy.kernels import KernelConfig
 from policy.precision import Precision, computing
 from policy.rl import Start, training_times
 from policy.sampling import Condition, denoise, member_noise
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.sight import sight_for
-from policy.text import pad_states
 from policy.vae import LatentCodec
 from policy.weights import digest, load_packed
 
@@ -179,25 +179,16 @@ class RolloutActor:
     def generate(
         self, split: str, indices: Sequence[int], schedule: ScheduleConfig, *weights: Any
     ) -> tuple[int, list[GroupPixels]]:
-        """One deterministic ODE sample per record (all of one task): (their number, groups of one).
+        """One sample per record (:func:`sample_records`; all of one task and size): (their number, groups of one).
 
-        The noise of a record follows from its id, so two policies start from the same noise. ``weights`` as in
-        :meth:`sample`.
+        ``weights`` as in :meth:`sample`.
         """
         if weights:
             self.hold(*weights)
         data = self._split(split)
         records = [data.record(int(index)) for index in indices]
-        samples = [record.decode() for record in records]
-        inputs = torch.stack([self._codec.encode_stack(s.inputs, *s.targets_LCHW.shape[-2:]) for s in samples])
-        states = [self._text.encode(r.prompt, s.inputs).float() for r, s in zip(records, samples, strict=True)]
-        text, mask = pad_states(states)
-        shape = (len(get_task(records[0].task).targets), self._codec.channels, *inputs.shape[3:])
-        seed = self._setup.seed
-        initial = torch.stack([member_noise(shape, seed, 0, 0, 0, f"evaluate {record.id}") for record in records])
-        result = denoise(self._model, Condition(inputs, text, mask), initial, schedule.sigmas(), solver=schedule.solver)
-        layers = self._codec.decode_stacks(result.latents_BMCHW)
-        groups = [self._pixels(r, layer[None], s) for r, layer, s in zip(records, layers, samples, strict=True)]
+        sampled = sample_records(self._model, self._codec, self._text, records, schedule, self._setup.seed)
+        groups = [self._pixels(r, layers[None], s) for r, (s, layers) in zip(records, sampled, strict=True)]
         return len(groups), groups
 
     def _pixels(self, record: Any, layers_GLCHW: torch.Tensor, sample: Any) -> GroupPixels:

@@ -30,13 +30,14 @@ def log_to(path: Path) -> TextIO:
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path)
+        opened = path.open("a", encoding="utf-8", buffering=1)
+    handler = logging.StreamHandler(opened)
     form = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     form.converter = time.gmtime
     handler.setFormatter(form)
     logging.getLogger().addHandler(handler)
     logging.getLogger("omnialpha").setLevel(logging.INFO)
-    return handler.stream
+    return opened
 
 
 def recorded(actor: Actor) -> Actor:

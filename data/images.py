@@ -92,10 +92,10 @@ class Letterbox:
 
     size: tuple[int, int]
     """Native (height, width)."""
-    side: int
-    """Side S of the square."""
+    canvas: tuple[int, int]
+    """(height, width) of what the model sees: a square of side S, unless it is as wide and high as the image."""
     inner: tuple[int, int]
-    """(height, width) in the square, where the longer one fills it."""
+    """(height, width) in the canvas; in a square the longer one fills it."""
 
     @classmethod
     def fit(cls, height: int, width: int, side: int, smallest: int, where: str) -> "Letterbox":
@@ -114,17 +114,17 @@ class Letterbox:
                 f"{where}: {width}x{height} pixels, {inner[1]}x{inner[0]} at the model's size of {side}; both need at "
                 f"least {smallest} a side (one patch); crop it to a less narrow part or take a larger picture"
             )
-        return cls((height, width), side, (inner[0], inner[1]))
+        return cls((height, width), (side, side), (inner[0], inner[1]))
 
     @property
     def corner(self) -> tuple[int, int]:
         """(top, left) of the image in the square."""
-        return (self.side - self.inner[0]) // 2, (self.side - self.inner[1]) // 2
+        return (self.canvas[0] - self.inner[0]) // 2, (self.canvas[1] - self.inner[1]) // 2
 
     @property
     def enlarges(self) -> bool:
         """Whether the way back to native size enlarges."""
-        return max(self.size) > self.side
+        return max(self.size) > max(self.inner)
 
     def image(self, pixels_HW4: np.ndarray) -> Tensor:
         """A picture as the model's condition: float32, shape (4, S, S), opaque as in training.
@@ -169,7 +169,7 @@ class Letterbox:
     @property
     def _margins(self) -> tuple[tuple[int, int], tuple[int, int]]:
         top, left = self.corner
-        return (top, self.side - self.inner[0] - top), (left, self.side - self.inner[1] - left)
+        return (top, self.canvas[0] - self.inner[0] - top), (left, self.canvas[1] - self.inner[1] - left)
 
     def _shrink(self, image: Image.Image) -> np.ndarray:
         # Training pictures were reduced with Hamming; enlarging with it would show blocks.

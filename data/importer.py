@@ -21,6 +21,7 @@ from data.manifest import MANIFEST, Manifest, SourceInfo, file_sha256
 from data.records import SPLITS, content_digest
 from data.schema import SCHEMA_VERSION, LayerImage, Record, shard_name, storage_error, write_shard
 from data.seeding import seed_for
+from data.sizes import within_budget
 from data.sources import Progress, locked
 
 SMALLEST = 8
@@ -43,6 +44,9 @@ class ImportOptions:
 
     size: int = 64
     """Side of all images in pixels, 16 to 1024. Every image is letterboxed into this square."""
+    pixels: int | None = None
+    """Pixels of all images of a record together, 4096 to 2^24: they keep their proportions, at one scale and with sides
+    that are multiples of 32, instead of becoming squares of ``size``."""
     bad: Literal["fail", "skip"] = "fail"
     """Whether a bad row ends the import, or is left out and counted."""
     val_share: float = 0.1
@@ -63,6 +67,8 @@ class ImportOptions:
     def __post_init__(self) -> None:
         if not 16 <= self.size <= 1024:
             raise ConfigError(f"size {self.size}: must be 16 to 1024 pixels")
+        if self.pixels is not None and not 4096 <= self.pixels <= 2**24:
+            raise ConfigError(f"pixels {self.pixels}: must be 4096 to {2**24}, over all images of a record")
         for name in ("val_share", "test_share"):
             if not 0 <= getattr(self, name) <= 0.5:
                 raise ConfigError(f"{name} {getattr(self, name)}: must be 0 to 0.5")
@@ -71,7 +77,7 @@ class ImportOptions:
 
     def identity(self) -> dict[str, Any]:
         """The values that decide the records, as plain JSON values."""
-        decisive = ("size", "val_share", "test_share", "seed", "begin_with_bg")
+        decisive = ("pixels" if self.pixels else "size", "val_share", "test_share", "seed", "begin_with_bg")
         return {name: getattr(self, name) for name in decisive}
 
 
@@ -295,7 +301,7 @@ def _record(plan: _Planned, options: ImportOptions) -> Record:
             raise DataError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from None
         height, width = pixels_HW4.shape[:2]
         sizes[name] = (width, height)
-        box = Letterbox.fit(height, width, options.size, SMALLEST, where)
+        box = _box((height, width), len(row.images), options, where)
         if role == "mask" and not marked(pixels_HW4).any():
             raise DataError(
                 f"{where}: the mask marks nothing (no pixel is brighter than half); mark the object in white"
@@ -329,6 +335,18 @@ def _record(plan: _Planned, options: ImportOptions) -> Record:
         source=plan.source,
         licence=row.licence or options.licence,
     )
+
+
+def _box(size: tuple[int, int], images: int, options: ImportOptions, where: str) -> Letterbox:
+    """Where an image of a record with that many images of one size lies in what the model sees.
+
+    Raises:
+        DataError: it is too narrow.
+    """
+    if options.pixels is None:
+        return Letterbox.fit(*size, options.size, SMALLEST, where)
+    canvas, *_ = within_budget([size] * images, options.pixels, where=where)
+    return Letterbox(size, canvas, canvas)
 
 
 class _Writer:

@@ -17,6 +17,7 @@ from data.schema import (
     SCHEMA,
     SCHEMA_KEY,
     SCHEMA_VERSION,
+    SIZE_COLUMN,
     LayerImage,
     Record,
     Sample,
@@ -83,6 +84,8 @@ def open_shard(path: Path) -> pq.ParquetFile:
     if version != SCHEMA_VERSION:
         raise DataError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; {_REBUILD}")
     for column in SCHEMA:
+        if column.name == SIZE_COLUMN:
+            continue
         position = file.schema_arrow.get_field_index(column.name)
         if position < 0 or file.schema_arrow.field(position).type != column.type:
             raise DataError(f"{path}, field {column.name}: missing or not of type {column.type}; {_REBUILD}")
@@ -126,6 +129,7 @@ class RecordDataset:
         self._shards = find_shards(self.folder, split)
         self._index: list[tuple[int, int, int, Record]] = []  # shard, row group, row in it, record without pixels
         self._cache: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._sizes: list[tuple[int, int] | None] = []
         reasons: Counter[str] = Counter()
         seen: set[str] = set()
         for shard, group, row, values, where in self._rows(images=on_bad_row == "skip"):
@@ -144,6 +148,7 @@ class RecordDataset:
             seen.add(record.id)
             cheap = {name: values[name] for name in CHEAP_COLUMNS}
             self._index.append((shard, group, row, record_from_row(cheap, where)))
+            self._sizes.append((size[0], size[1]) if (size := values.get(SIZE_COLUMN)) else None)
         self.skipped = dict(reasons)
         if not self._index:
             raise DataError(
@@ -155,7 +160,7 @@ class RecordDataset:
         self._positions = {task: np.array(places, dtype=np.int64) for task, places in sorted(tasks.items())}
 
     def _rows(self, images: bool) -> Iterator[tuple[int, int, int, dict[str, Any], str]]:
-        columns = SCHEMA.names if images else list(CHEAP_COLUMNS)
+        columns = SCHEMA.names if images else [*CHEAP_COLUMNS, SIZE_COLUMN]
         for shard, path in enumerate(self._shards):
             number = 0
             for group in range(len(_row_groups(path))):
@@ -178,6 +183,11 @@ class RecordDataset:
     def task_positions(self) -> dict[str, np.ndarray]:
         """Record indices of each task, what :class:`data.sampler.TaskSampler` takes."""
         return dict(self._positions)
+
+    @property
+    def sizes(self) -> list[tuple[int, int] | None]:
+        """(height, width) of every record's images; None where a shard does not say, as old ones do not."""
+        return list(self._sizes)
 
     def positions(self, task: str) -> np.ndarray:
         """Record indices of ``task``, shape (n,), int64.

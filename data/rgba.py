@@ -93,6 +93,15 @@ def encode_png(image: Tensor | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def stored_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) by an encoded image's header; None where there is no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError):
+        return None
+
+
 def decode_array(data: bytes, where: str) -> np.ndarray:
     """Decodes an image to float32 RGBA pixels in [0, 1], shape (H, W, 4). See :func:`decode_image`."""
     try:
@@ -146,6 +155,14 @@ def on_checkerboard(image: Tensor, square: int = 8) -> Tensor:
     if image.shape[0] == 3:
         return image
     return blend(image, checkerboard(image.shape[1], image.shape[2], square).to(image))
+
+
+def layer_rows(inputs: Sequence[Tensor], stacks: Sequence[Tensor], targets_LCHW: Tensor) -> list[list[Tensor | None]]:
+    """Rows for :func:`draw_grid`, one for each layer: an input, that layer of every stack (L, C, H, W), the truth."""
+    return [
+        [inputs[min(layer, len(inputs) - 1)] if inputs else None, *(stack[layer] for stack in stacks), truth]
+        for layer, truth in enumerate(targets_LCHW)
+    ]
 
 
 def draw_grid(

@@ -1,7 +1,9 @@
 """Deterministic multi-task sampling: what to draw is a pure function of the position, so a resume replays nothing."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,6 +15,9 @@ CYCLE = 60
 
 _CACHED_PERMUTATIONS = 16
 
+Shape: TypeAlias = tuple[int, int]
+"""(height, width) of a record's images."""
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -21,6 +26,50 @@ class Draw:
     task: str
     indices: np.ndarray
     """Record indices, shape (count,), int64, into the dataset that gave the task positions."""
+    shape: Shape | None = None
+    """(height, width) of the records' images, where :class:`TaskSampler` was told."""
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Records of one task and one shape."""
+
+    shape: Shape | None
+    seed: tuple[str, ...]
+    """What its permutations are seeded with besides the task."""
+    records_N: np.ndarray
+
+
+class _Buckets:
+    """A task's records by shape, and which of them each of the task's draws takes.
+
+    Draws go round the buckets in a fixed order of as many places as there are records (divided by what their counts
+    have in common), each bucket's places evenly spread: records of all shapes come equally often, and the number of
+    earlier draws of a bucket is arithmetic.
+    """
+
+    def __init__(self, records_N: np.ndarray, shapes: Sequence[Shape | None] | None) -> None:
+        by_shape: dict[Shape | None, list[int]] = {}
+        for index in records_N.tolist():
+            by_shape.setdefault(shapes[index] if shapes is not None else None, []).append(index)
+        # Of one shape the stream is the one that it is without shapes.
+        named = len(by_shape) > 1
+        self.all = [
+            _Bucket(shape, (repr(shape),) if named else (), np.array(indices, dtype=np.int64))
+            for shape, indices in by_shape.items()
+        ]
+        sizes = [len(bucket.records_N) for bucket in self.all]
+        self._places = [size // math.gcd(*sizes) for size in sizes]
+        spread = np.concatenate([(np.arange(n) + 0.5) / n for n in self._places])
+        order = np.argsort(spread, kind="stable")
+        self._bucket_P = np.repeat(np.arange(len(sizes)), self._places)[order]
+        self._earlier_P = np.concatenate([np.arange(n) for n in self._places])[order]
+
+    def at(self, number: int) -> tuple[_Bucket, int]:
+        """The bucket of the task's draw ``number`` (from 0), and how many draws it had before."""
+        cycles, place = divmod(number, len(self._bucket_P))
+        bucket = int(self._bucket_P[place])
+        return self.all[bucket], cycles * self._places[bucket] + int(self._earlier_P[place])
 
 
 def build_schedule(weights: Mapping[str, float], cycle: int = CYCLE) -> tuple[str, ...]:
@@ -51,14 +100,24 @@ class TaskSampler:
     of earlier draws of a task is arithmetic; within a task, records follow one permutation per epoch, seeded by
     (seed, task, epoch), so each record comes once per epoch. ``count`` must stay the same over a run: the place in
     the epoch is the number of earlier draws times ``count``.
+
+    Records of different shapes are never drawn together, as they do not fit one batch: those of one shape have epochs
+    of their own, and all shapes go through theirs at the same pace.
     """
 
-    def __init__(self, task_positions: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> None:
+    def __init__(
+        self,
+        task_positions: Mapping[str, np.ndarray],
+        weights: Mapping[str, float],
+        seed: int,
+        shapes: Sequence[Shape | None] | None = None,
+    ) -> None:
         """
         Args:
             task_positions: for each task, the indices of its records, shape (n,).
             weights: for each task to draw, its relative weight, at least 0. A task left out is not drawn.
             seed: seed of the permutations.
+            shapes: of each record of the dataset; None, or None for each, where all are alike.
 
         Raises:
             ConfigError: a weight is negative or not finite, or none is positive.
@@ -79,11 +138,13 @@ class TaskSampler:
                 )
             if len(task_positions[task]) == 0:
                 raise DataError(f"task {task!r} has a weight but no usable records; set its weight to 0 or add records")
-        self._positions = {task: np.asarray(task_positions[task], dtype=np.int64) for task in drawn}
+        self._buckets = {t: _Buckets(np.asarray(task_positions[t], dtype=np.int64), shapes) for t in drawn}
         self._seed = seed
         self.schedule = build_schedule(weights)
         self._places = {t: [k for k, name in enumerate(self.schedule) if name == t] for t in drawn}
-        self._permutations: dict[tuple[str, int], np.ndarray] = {}
+        self._permutations: dict[tuple[str, tuple[str, ...], int], np.ndarray] = {}
+        buckets = sum(len(each.all) for each in self._buckets.values())
+        self._kept = max(_CACHED_PERMUTATIONS, 2 * buckets)  # a draw may reach into its bucket's next epoch
 
     def task_at(self, position: int) -> str:
         """The task that ``position`` draws."""
@@ -96,7 +157,7 @@ class TaskSampler:
         return cycles * len(places) + sum(1 for k in places if k < place)
 
     def draw(self, position: int, count: int) -> Draw:
-        """The task of ``position`` and ``count`` of its records.
+        """The task of ``position`` and ``count`` of its records, of one shape.
 
         Raises:
             ValueError: ``position`` is negative or ``count`` is below 1.
@@ -104,27 +165,28 @@ class TaskSampler:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         task = self.task_at(position)
-        size = len(self._positions[task])
-        start = self.draws_before(position, task) * count
+        bucket, earlier = self._buckets[task].at(self.draws_before(position, task))
+        size, start = len(bucket.records_N), earlier * count
         parts, left = [], count
         while left:
             epoch, offset = divmod(start, size)
-            part = self._permutation(task, epoch)[offset : offset + left]
+            part = self._permutation(task, bucket, epoch)[offset : offset + left]
             parts.append(part)
             start += len(part)
             left -= len(part)
-        return Draw(task, np.concatenate(parts))
+        return Draw(task, np.concatenate(parts), bucket.shape)
 
     def _check(self, position: int) -> int:
         if position < 0:
             raise ValueError(f"position must be at least 0, got {position}")
         return position
 
-    def _permutation(self, task: str, epoch: int) -> np.ndarray:
-        key = (task, epoch)
+    def _permutation(self, task: str, bucket: _Bucket, epoch: int) -> np.ndarray:
+        key = (task, bucket.seed, epoch)
         if key not in self._permutations:
-            if len(self._permutations) >= _CACHED_PERMUTATIONS:
+            if len(self._permutations) >= self._kept:
                 self._permutations.pop(next(iter(self._permutations)))
-            generator = np.random.Generator(np.random.PCG64(seed_for(self._seed, "epoch", task, epoch)))
-            self._permutations[key] = generator.permutation(self._positions[task])
+            seed = seed_for(self._seed, "epoch", task, *bucket.seed, epoch)
+            generator = np.random.Generator(np.random.PCG64(seed))
+            self._permutations[key] = generator.permutation(bucket.records_N)
         return self._permutations[key]

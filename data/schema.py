@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import DataError, StorageError
-from data.rgba import decode_image, encode_png, image_digest, to_uint8_hwc
+from data.rgba import decode_image, encode_png, image_digest, stored_size, to_uint8_hwc
 from data.tasks import TASKS
 
 SCHEMA_VERSION = "1"
@@ -36,11 +36,14 @@ SCHEMA = pa.schema(
         pa.field("target_digests", _TEXTS, nullable=False),
         pa.field("input_images", pa.list_(pa.binary()), nullable=False),
         pa.field("target_images", pa.list_(pa.binary()), nullable=False),
+        pa.field("size", pa.list_(pa.int32()), nullable=False),
     ],
     metadata={SCHEMA_KEY: SCHEMA_VERSION.encode()},
 )
 IMAGE_COLUMNS = ("input_images", "target_images")
-CHEAP_COLUMNS = tuple(name for name in SCHEMA.names if name not in IMAGE_COLUMNS)
+SIZE_COLUMN = "size"
+"""[height, width] of all of a record's images; shards written before there was more than one size lack it."""
+CHEAP_COLUMNS = tuple(name for name in SCHEMA.names if name not in (*IMAGE_COLUMNS, SIZE_COLUMN))
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ def storage_error(error: OSError, path: Path) -> StorageError:
 
 
 def _column(record: Record, name: str) -> object:
+    if name == SIZE_COLUMN:
+        return list(stored_size(record.targets[0].png) or ())  # a damaged image is named when it is decoded
     if name.startswith(("input_", "target_")):
         images = record.inputs if name.startswith("input_") else record.targets
         attribute = {"roles": "role", "digests": "digest", "images": "png"}[name.split("_")[1]]

@@ -162,7 +162,8 @@ class RunConfig(StrictConfig):
     def identity(self) -> dict[str, Any]:
         """What a run folder belongs to: all that changes its results, so not placement, tracking, paths or cadence."""
         outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
-        cadence = {"commit_every", "pictures_every", "keep_rollouts"}
+        # Nor do recomputed activations: gradients are the same.
+        cadence = {"commit_every", "pictures_every", "keep_rollouts", "gradient_checkpointing"}
         # A watch that only warns changes no result.
         grpo = cadence if self.grpo.watch.stop else cadence | {"watch"}
         grpo |= set() if self.grpo.max_staleness else {"max_staleness"}

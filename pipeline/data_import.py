@@ -18,6 +18,11 @@ def register(data: "argparse._SubParsersAction[argparse.ArgumentParser]") -> Non
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--size", type=int, default=64, help="side in pixels of the square all images are fitted to")
+    parser.add_argument(
+        "--pixels",
+        type=int,
+        help="pixels of all images of a record together, which then keep their proportions; sides: multiples of 32",
+    )
     parser.add_argument("--task", help="task of rows that do not name theirs; default: inferred from the roles")
     parser.add_argument("--split", choices=("train", "val", "test"), help="split of all rows; default: drawn by group")
     parser.add_argument("--val-share", type=float, default=0.1, help="share of groups drawn for val (0.1)")
@@ -41,7 +46,7 @@ def _import(options: argparse.Namespace) -> None:
     from data.importer import ImportOptions, import_dataset
 
     sources = [parse_source(text, options.task, options.split) for text in options.sources]
-    names = ("size", "val_share", "test_share", "seed", "bad", "begin_with_bg", "allow_outside", "licence")
+    names = ("size", "pixels", "val_share", "test_share", "seed", "bad", "begin_with_bg", "allow_outside", "licence")
     settings = ImportOptions(**{name: getattr(options, name) for name in names})
     manifest = import_dataset(sources, options.out.resolve(), settings, log.info)
     log.info("dataset: %s, content digest %s", options.out, manifest.content_digest)

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine import EngineConfig
 from actors.learner import Item, LearnerGroup, first_ratio_message
 from actors.reward import RewardPool
 from actors.rollout import Group, RolloutPool, Weights
@@ -51,8 +50,7 @@ def run_grpo(
     """Trains the starting policy with rewards of its decoded layers; ``judged``: what the judge's servers count."""
     config, stage = run.config, run.config.grpo
     make = stage.program(starting_point(run, "grpo"))
-    engine = EngineConfig(zero_stage=stage.zero_stage, precision=stage.precision)
-    learner.setup(make, stage.optimiser, engine, stage.steps)
+    learner.setup(make, stage.optimiser, stage.engine, stage.steps)
     watch = Watch(run, learner, rollouts, rewards)
     progress = Progress(run, "grpo", stage.steps, stage.commit_every)
     make_groups = functools.partial(roll_out, run, rollouts, rewards)

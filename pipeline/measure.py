@@ -44,10 +44,12 @@ class HeldOut:
                 f"{', '.join(data.tasks)}: take a dataset with such records, or set grpo.watch.every=0"
             )
         chosen = {task: [int(i) for i in data.positions(task)[:most]] for task in present}
+        sizes = data.sizes
         chunks = tuple(
-            (task, tuple(indices[k : k + size]))
+            (task, tuple(alike[k : k + size]))
             for task, indices in chosen.items()
-            for k in range(0, len(indices), size)
+            for alike in _of_one_size(indices, sizes)
+            for k in range(0, len(alike), size)
         )
         return cls(split, chunks, tuple(data.cheap(index) for _, indices in chunks for index in indices))
 
@@ -58,6 +60,14 @@ class HeldOut:
     def first(self, task: str) -> int:
         """Number of a task's first chunk."""
         return next(number for number, (name, _) in enumerate(self.chunks) if name == task)
+
+
+def _of_one_size(indices: Sequence[int], sizes: Sequence[tuple[int, int] | None]) -> list[list[int]]:
+    """Records that can be sampled together, in the order in which their sizes come up."""
+    found: dict[tuple[int, int] | None, list[int]] = {}
+    for index in indices:
+        found.setdefault(sizes[index], []).append(index)
+    return list(found.values())
 
 
 def measure(

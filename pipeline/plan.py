@@ -93,7 +93,8 @@ def sft_footprint(config: RunConfig) -> Footprint:
     if settings["joint_attention_dim"] != TEXT_DIM:
         words = REAL_TOKENS
     # Stages load weights in float32 whatever they are stored in; autocast keeps what is saved in sft.precision.
-    return footprint(settings, sft.lora, sft.micro_batch, _images(config), side, words)
+    recomputed = sft.gradient_checkpointing
+    return footprint(settings, sft.lora, sft.micro_batch, _images(config), side, words, recomputed=recomputed)
 
 
 def _images(config: RunConfig) -> int:

@@ -26,6 +26,8 @@ TRAINED = ("rgb", "vae", "sft", "continued", "grpo")
 """Stages that take steps."""
 ALARM_BYTES = 2**20
 """PNG bytes of the gaming watch's pictures in one report, over all its runs."""
+SFT_BYTES = 2**20
+"""PNG bytes of SFT's validation pictures in one report, over all its runs."""
 PICTURE_BYTES = 4 * 2**20
 """PNG bytes in one report, over all its runs; pages that grow with the image size are of no use."""
 
@@ -96,6 +98,8 @@ class RunData:
     """Step → the alarm that the gaming watch raised after it."""
     alarm_pictures: list[tuple[str, bytes]] = field(default_factory=list)
     """Names and grids of the last alarm."""
+    sft_pictures: list[tuple[str, bytes]] = field(default_factory=list)
+    """Names and grids of validation records during SFT, the first and the newest."""
     stopped_early: str = ""
     """A sentence, where the gaming watch ended the stage."""
     manifest: dict[str, Any] | None = None
@@ -114,7 +118,7 @@ def collect(folders: Sequence[Path]) -> list[RunData]:
     Raises:
         ConfigError: a folder that is no run folder.
     """
-    runs = [_collect(folder, PICTURE_BYTES // len(folders), ALARM_BYTES // len(folders)) for folder in folders]
+    runs = [_collect(folder, len(folders)) for folder in folders]
     seen: Counter[str] = Counter()
     for run in runs:
         seen[run.name] += 1
@@ -122,7 +126,7 @@ def collect(folders: Sequence[Path]) -> list[RunData]:
     return runs
 
 
-def _collect(folder: Path, budget: int, alarm_budget: int) -> RunData:
+def _collect(folder: Path, runs: int) -> RunData:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give the folder of a run, for example runs/demo")
     if not (folder / "identity.json").is_file():
@@ -136,9 +140,10 @@ def _collect(folder: Path, budget: int, alarm_budget: int) -> RunData:
     run.dataset_digest = digest.read_text().strip() if digest.is_file() else ""
     events = [e for e in read_events(folder / "events.jsonl") if isinstance(e, dict) and {"time", "event"} <= e.keys()]
     _read_events(run, events)
-    _read_watch(run, events, folder, alarm_budget)
+    _read_watch(run, events, folder, ALARM_BYTES // runs)
+    _read_sft_pictures(run, folder / "sft" / "pictures", SFT_BYTES // runs)
     _say_what_stages_lack(run, events)
-    _read_evaluation(run, folder / "evaluate" / "final", budget)
+    _read_evaluation(run, folder / "evaluate" / "final", PICTURE_BYTES // runs)
     _read_manifest(run, Path(config.get("dataset") or folder / "dataset"))
     return run
 
@@ -198,6 +203,16 @@ def _read_watch(run: RunData, events: Sequence[Event], folder: Path, budget: int
             run.alarm_pictures.append((path.stem, path.read_bytes()))
         else:
             run.lacking.append(f"The picture {path.name} of the gaming watch is missing or too large for this file.")
+
+
+def _read_sft_pictures(run: RunData, folder: Path, budget: int) -> None:
+    found = sorted(folder.glob("step-*.png"))
+    for path in dict.fromkeys([*found[-1:], *found[:1]]):  # the newest comes first where there is room for one
+        if (size := path.stat().st_size) <= budget:
+            budget -= size
+            run.sft_pictures.insert(0, (path.stem, path.read_bytes()))
+        else:
+            run.lacking.append(f"SFT's picture {path.name} is too large for this file.")
 
 
 def lineage(events: Iterable[Event], kind: str = "step") -> Steps:

@@ -211,7 +211,18 @@ def supervised_curves(runs: Sequence[RunData]) -> str:
         parts.append(chart(f"{STAGE_WORDS[stage]} gradient norm", norms, smooth, log=True))
     if not any(parts):
         return "<p>No step of either stage in this run.</p>"
-    return f'<div class="charts">{"".join(parts)}</div>'
+    return f'<div class="charts">{"".join(parts)}</div>{sft_pictures(runs)}'
+
+
+def sft_pictures(runs: Sequence[RunData]) -> str:
+    """Validation records as SFT's first and newest policies sampled them."""
+    shown = [
+        f"<h4>{text(f'{run.name}, {name}' if len(runs) > 1 else name)}</h4>"
+        f'<img class="flat" loading="lazy" alt="{text(f"validation records, {name}")}" src="{image(picture)}">'
+        for run in runs
+        for name, picture in run.sft_pictures
+    ]
+    return f"<h3>Validation records during SFT</h3>{''.join(shown)}" if shown else ""
 
 
 # ---- time, groups, data, configuration ------------------------------------------------------------------------------

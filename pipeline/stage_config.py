@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from actors.engine import OptimiserConfig
+from actors.engine import EngineConfig, OptimiserConfig
 from common.config import StrictConfig
 from common.errors import ConfigError
 from data.tasks import get_task
@@ -43,6 +43,11 @@ class TrainingConfig(StrictConfig):
     tasks: dict[str, float]
     """Relative weight of each task in the mix."""
 
+    @property
+    def engine(self) -> EngineConfig:
+        """How the stage's ranks share the work."""
+        return EngineConfig(zero_stage=self.zero_stage, precision=self.precision)
+
     @model_validator(mode="after")
     def _tasks_exist(self) -> "TrainingConfig":
         for name, weight in self.tasks.items():
@@ -66,6 +71,10 @@ class BatchedConfig(TrainingConfig):
     """Backward calls per optimiser step over all ranks; the same whatever their number."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of the averaged weights that the stage hands on; 0 switches averaging off."""
+
+    @property
+    def engine(self) -> EngineConfig:
+        return super().engine.model_copy(update={"ema": self.ema})
 
 
 class RgbStageConfig(BatchedConfig):
@@ -107,6 +116,16 @@ class SftStageConfig(BatchedConfig):
     """Adapter to train on top of ``start``; None trains all weights."""
     objective: SftConfig = SftConfig()
     """Loss."""
+    gradient_checkpointing: bool = False
+    """Whether the backward pass computes the transformer's blocks again instead of keeping their activations: less
+    memory for one more forward pass, and the same gradients."""
+    pictures_every: int = Field(0, ge=0)
+    """Steps between pictures of one validation record of every task, sampled by the learner ranks with the schedule of
+    ``evaluate``; 0 draws none."""
+
+    @property
+    def engine(self) -> EngineConfig:
+        return super().engine.model_copy(update={"gradient_checkpointing": self.gradient_checkpointing})
 
     @model_validator(mode="after")
     def _lora_has_a_base(self) -> "SftStageConfig":
@@ -177,6 +196,8 @@ class GrpoStageConfig(TrainingConfig):
     """Whether the members of a group start from the same noise."""
     first_ratio_bound: float = Field(1e-6, ge=0)
     """Largest |ratio − 1| allowed while the learner still holds the weights that sampled the group."""
+    gradient_checkpointing: bool = False
+    """As in ``sft``."""
     pictures_every: int = Field(10, ge=1)
     """Steps between pictures of a group."""
     keep_rollouts: int = Field(0, ge=0)
@@ -199,6 +220,10 @@ class GrpoStageConfig(TrainingConfig):
             )
         _check_lora(self.lora)
         return self
+
+    @property
+    def engine(self) -> EngineConfig:
+        return super().engine.model_copy(update={"gradient_checkpointing": self.gradient_checkpointing})
 
     @property
     def recording(self) -> Recording:

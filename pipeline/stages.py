@@ -321,5 +321,6 @@ def ensure_dataset(config: RunConfig) -> None:
                 f"dataset {config.dataset}: its images have a side of {size} pixels, data.size says "
                 f"{config.data.size}; set data.size={size}, or name another dataset"
             )
-    for split in ("train", config.evaluate.split, *(("val",) if config.grpo.watch.every else ())):
+    looked_at = ("val",) if config.grpo.watch.every or config.sft.pictures_every else ()
+    for split in ("train", config.evaluate.split, *looked_at):
         RecordDataset(config.dataset_folder, split)

@@ -2,10 +2,11 @@
 
 import functools
 import logging
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from actors.engine import EngineConfig
 from actors.learner import Item, LearnerGroup
 from data.records import RecordDataset
 from data.sampler import TaskSampler
@@ -70,7 +71,7 @@ def run_sft(run: Run, learner: LearnerGroup) -> None:
     make = functools.partial(
         make_sft_program, sft.network, sft.start, sft.lora, sft.objective, vae_stage, dataset, config.seed
     )
-    progress = _train(run, "sft", config.sft, learner, make)
+    progress = _train(run, "sft", config.sft, learner, make, show=pictures(run, "sft", learner))
     progress.finish(lambda folder: learner.export(folder / "model"))
 
 
@@ -85,7 +86,8 @@ def run_continued(run: Run, learner: LearnerGroup) -> None:
     )
     # It goes on in SFT's stream: records and noise that SFT has not had.
     position = sft.steps * sft.micro_batches
-    progress = _train(run, "continued", control.stage(sft), learner, make, "sft", position)
+    show = pictures(run, "continued", learner)
+    progress = _train(run, "continued", control.stage(sft), learner, make, "sft", position, show)
     progress.finish(lambda folder: learner.export(folder / "model"))
 
 
@@ -107,41 +109,63 @@ def _train(
     make: functools.partial,
     stream: str | None = None,
     first: int = 0,
+    show: Callable[[int], None] = lambda _: None,
 ) -> Progress:
-    """Trains on a stream of records, the stage's own or ``stream``, from position ``first`` on."""
+    """Trains on a stream of records, the stage's own or ``stream``, from position ``first`` on; calls ``show`` with the
+    number of steps done after each."""
     sampler = task_sampler(run, stream or stage, config.tasks)
-    engine = EngineConfig(zero_stage=config.zero_stage, ema=config.ema, precision=config.precision)
-    size = learner.setup(make, config.optimiser, engine, config.steps)
+    size = learner.setup(make, config.optimiser, config.engine, config.steps)
     progress = Progress(run, stage, config.steps, config.commit_every)
     start = progress.resume(learner.restore)
     log.info("%s: %.2f M parameters, %d steps of %d records", stage, size / 1e6, config.steps, _records(config))
     began, shown = time.monotonic(), 0.0
     for step in range(start, config.steps):
-        items = []
-        for k in range(config.micro_batches):
-            position = first + step * config.micro_batches + k
-            draw = sampler.draw(position, config.micro_batch)
-            items.append(
-                Item(Batch(position, draw), config.micro_batch, cost=get_task(draw.task).images, name=draw.task)
-            )
-        record = learner.train(step, items)
+        record = learner.train(step, step_items(sampler, config, first + step * config.micro_batches))
         done, now = step + 1, time.monotonic()
         per_step = (now - began) / (done - start)
         line = (
             f"loss {record['loss']:.4f}  grad {record['max_grad_norm']:.2f}  lr {record['lr']:.1e}  "
             f"{per_step:.2f} s/step  {(config.steps - done) * per_step / 60:.1f} min left"
         )
-        show = now - shown >= SHOW_EVERY_S or done == config.steps
-        shown = now if show else shown
-        run.record(stage, done, config.steps, line, record, show)
+        said = now - shown >= SHOW_EVERY_S or done == config.steps
+        shown = now if said else shown
+        run.record(stage, done, config.steps, line, record, said)
+        show(done)
         progress.after_step(done, learner.save, {"position": first + done * config.micro_batches})
     return progress
+
+
+def step_items(sampler: TaskSampler, config: BatchedConfig, position: int) -> list[Item]:
+    """The micro-batches of an optimiser step that begins at ``position`` of the stream."""
+    items = []
+    for place in range(position, position + config.micro_batches):
+        draw = sampler.draw(place, config.micro_batch)
+        cost = get_task(draw.task).images * math.prod(draw.shape or ())
+        items.append(Item(Batch(place, draw), config.micro_batch, cost, name=draw.task))
+    return items
+
+
+def pictures(run: Run, stage: str, learner: LearnerGroup) -> Callable[[int], None]:
+    """Draws the first validation record of every task that SFT trains, at the steps where that is due."""
+    sft, schedule = run.config.sft, run.config.evaluate.schedule
+    if not sft.pictures_every:
+        return lambda _: None
+    data = RecordDataset(run.config.dataset_folder, "val")
+    indices = [int(data.positions(task)[0]) for task in data.tasks if sft.tasks.get(task)]
+
+    def show(done: int) -> None:
+        if done % sft.pictures_every == 0:
+            path = run.folder / stage / "pictures" / f"step-{done:05d}.png"
+            learner.draw(path, indices, schedule)
+            run.tracker.picture(f"{stage}/validation", path)
+
+    return show
 
 
 def task_sampler(run: Run, stage: str, tasks: dict[str, float]) -> TaskSampler:
     """The stage's own stream of training records."""
     data = RecordDataset(run.config.dataset_folder, "train")
-    return TaskSampler(data.task_positions, tasks, seed_for(run.config.seed, "stream", stage))
+    return TaskSampler(data.task_positions, tasks, seed_for(run.config.seed, "stream", stage), data.sizes)
 
 
 def starting_point(run: Run, wanted_by: str) -> Start:

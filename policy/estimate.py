@@ -1,7 +1,8 @@
 """What training a transformer holds in memory and computes, counted without allocating it.
 
-One and two blocks are run under ``FakeTensorMode``, which knows shapes and computes nothing; blocks are alike, so every
-number is linear in their count. Attention counts as fused (no score matrix is kept), which is what runs on GPUs.
+Two and three blocks are run under ``FakeTensorMode``, which knows shapes and computes nothing; all but the first,
+whose inputs may need no gradient, are alike, so every number is linear in their count. Attention counts as fused
+(no score matrix is kept), which is what runs on GPUs.
 """
 
 from collections.abc import Mapping
@@ -30,13 +31,16 @@ class Footprint:
     optimiser_bytes: int
     """Moments of AdamW."""
     activation_bytes: int
-    """What the forward pass keeps for the backward pass."""
+    """What the forward pass keeps for the backward pass; with recomputation also what one block keeps while it is
+    computed again."""
     latent_bytes: int
     """Latents and text states of the micro-batch."""
     forward_flops: int
     """Multiplications and additions of a forward pass."""
     trained: int
     """Number of trained weights."""
+    recomputed: bool = False
+    """Whether the backward pass computes the blocks' activations again."""
 
     def per_rank(self, zero_stage: int, ranks: int) -> int:
         """Bytes on each rank: ZeRO 1 shares the optimiser's state, 2 the gradients too, 3 the weights too."""
@@ -47,8 +51,8 @@ class Footprint:
 
     def step_flops(self, micro_batches: int) -> int:
         """Operations of an optimiser step: a backward pass costs twice its forward pass, once where the weights it
-        passes through are frozen."""
-        return micro_batches * self.forward_flops * (3 if not self.base_bytes else 2)
+        passes through are frozen; recomputation is one more forward pass."""
+        return micro_batches * self.forward_flops * ((3 if not self.base_bytes else 2) + self.recomputed)
 
 
 def footprint(
@@ -59,6 +63,7 @@ def footprint(
     side: int,
     text_tokens: int,
     base_dtype: torch.dtype = torch.float32,
+    recomputed: bool = False,
 ) -> Footprint:
     """Counts for a transformer of diffusers' ``settings`` (its config.json).
 
@@ -68,23 +73,27 @@ def footprint(
         images: targets and inputs of a sample; one of them is a target.
         side: of the latents.
         base_dtype: of the frozen weights, or of all where all are trained.
+        recomputed: with gradient checkpointing.
     """
-    layers = int(settings["num_layers"])
-    one, two = (_counted(settings, lora, n, batch, images, side, text_tokens, base_dtype) for n in (1, 2))
-    return Footprint(*(a + (b - a) * (layers - 1) for a, b in zip(one, two, strict=True)))
+    layers, sizes = int(settings["num_layers"]), (batch, images, side, text_tokens)
+    two, three = (_counted(settings, lora, n, sizes, base_dtype, recomputed) for n in (2, 3))
+    return Footprint(*(a + (b - a) * (layers - 2) for a, b in zip(two, three, strict=True)), recomputed=recomputed)
 
 
-def _counted(settings, lora, layers, batch, images, side, text_tokens, dtype) -> tuple[int, ...]:
+def _counted(settings, lora, layers, sizes, dtype, recomputed) -> tuple[int, ...]:
+    batch, images, side, text_tokens = sizes
     with torch.device("meta"):
         model = QwenImageTransformer2DModel.from_config({**settings, "num_layers": layers})
         if lora is not None:
             add_lora(model, lora, 0)
+        if recomputed:
+            model.enable_gradient_checkpointing()
     with FakeTensorMode():
         _put_on_cpu(model, dtype)
         channels = model.config.in_channels // PATCH**2
         latents = torch.zeros(batch, images, channels, side, side, dtype=dtype)
         text = torch.zeros(batch, text_tokens, model.config.joint_attention_dim, dtype=dtype)
-        kept, flops = _forward(model, latents, text)
+        kept, flops = _forward(model, latents, text, recomputed)
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     held = _bytes(latents) + _bytes(text)
@@ -106,7 +115,7 @@ def _put_on_cpu(model: torch.nn.Module, dtype: torch.dtype) -> None:
         setattr(positions, name, torch.empty(table.shape, dtype=table.dtype))
 
 
-def _forward(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) -> tuple[int, int]:
+def _forward(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor, recomputed: bool) -> tuple[int, int]:
     """(bytes kept for the backward pass, operations) of a forward pass."""
     own = {p.untyped_storage()._cdata: None for p in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
@@ -123,11 +132,18 @@ def _forward(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) 
         nonlocal flops
         flops += 2 * output.numel() * module.in_features
 
+    given: list[Any] = []
+    block: Any = list(model.get_submodule("transformer_blocks").children())[-1]
     hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    hooks.append(block.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         velocity(model, latents[:, :1], torch.ones(len(latents), dtype=latents.dtype), latents[:, 1:], text)
     for hook in hooks:
         hook.remove()
+    if recomputed:  # one block at a time is computed again, and then keeps what it would have kept
+        args, kwargs = given[0]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            block(*args, **kwargs)
     tokens = latents.shape[1] * (latents.shape[-1] // PATCH) ** 2 + text.shape[1]
     settings: Any = model.config
     width = settings.num_attention_heads * settings.attention_head_dim

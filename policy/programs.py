@@ -11,22 +11,26 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from PIL.Image import Image
 from pydantic import Field
 
 from common.config import StrictConfig
 from common.errors import ConfigError
 from data.records import RecordDataset
+from data.rgba import draw_grid, layer_rows
 from data.sampler import Draw
 from data.seeding import seed_for
 from policy.adapters import LoraConfig
 from policy.conditions import ConditionCache, open_encoder
 from policy.dit import DitConfig, build_dit, velocity
 from policy.folder import export_policy, load_vae, starting_policy
+from policy.held_out import sample_records
 from policy.latents import LatentCache
 from policy.objectives import flow_matching_pair, shifted_times
+from policy.schedule import ScheduleConfig
 from policy.sight import sight_for
 from policy.text import TEXT_DIM, pad_states
-from policy.vae import latent_channels
+from policy.vae import LatentCodec, latent_channels
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class SftProgram:
         self._vae = load_vae(vae_stage / "model")
         statistics = self._vae.config
         self._cache = LatentCache(vae_stage / "latents", statistics.latents_mean, statistics.latents_std)
-        self._data = RecordDataset(dataset, "train")
+        self._dataset, self._data = dataset, RecordDataset(dataset, "train")
         self._text = open_encoder(start, vae_stage / "conditions")
         self._sight = sight_for(transformer)
 
@@ -122,6 +126,17 @@ class SftProgram:
     def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         export_policy(folder, self._vae, self.module, weights, self._lora, self._start)
 
+    def draw(self, model: torch.nn.Module, indices: Sequence[int], schedule: ScheduleConfig) -> Image:
+        """A grid of validation records: input, a sample of ``model``, truth; one row for each layer."""
+        data, codec = RecordDataset(self._dataset, "val"), LatentCodec(self._vae, self._sight)
+        rows, titles = list[list[torch.Tensor | None]](), list[str]()
+        for index in indices:  # one by one: they differ in task and size
+            record = data.record(index)
+            ((sample, layers),) = sample_records(model, codec, self._text, [record], schedule, self._seed)
+            rows += layer_rows(sample.inputs, [layers], sample.targets_LCHW)
+            titles += [f"{record.task}: {record.prompt}"] * len(layers)
+        return draw_grid(rows, ["input", "sample", "truth"], titles)
+
     def _states(self, index: int, prompt: str) -> torch.Tensor:
         if not isinstance(self._text, ConditionCache):  # it reads the prompt alone
             return self._text.encode(prompt)
@@ -131,7 +146,10 @@ class SftProgram:
     def _latents(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         record = self._data.cheap(index)
         digests = [image.digest for image in record.inputs]
-        inputs, targets = self._cache.stack(digests), self._cache.stack(image.digest for image in record.targets)
+        # In one stack, which knows the size also where there are no inputs.
+        inputs, targets = self._cache.stack([*digests, *(image.digest for image in record.targets)]).tensor_split(
+            [len(digests)]
+        )
         if self._sight is not None:
             seen = self._sight.lookup(digests, lambda: self._data.record(index).decode().inputs, *targets.shape[-2:])
             inputs = torch.cat([inputs, seen], dim=1)

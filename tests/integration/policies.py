@@ -1,6 +1,7 @@
 """A small random policy on real data, rolled-out groups, and a training loop in plain torch to compare with."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,15 @@ from diffusers import AutoencoderKL
 
 from actors.rollout import RolloutActor, RolloutSetup
 from data.records import RecordDataset
-from data.sampler import Draw
+from data.sampler import Draw, TaskSampler
 from policy.adapters import LoraConfig
 from policy.dit import DitConfig, build_dit
-from policy.folder import save_policy
+from policy.folder import load_vae, save_policy, save_vae
 from policy.group import GroupRequest, GroupTrajectory, Recording
 from policy.kernels import KernelConfig
+from policy.latents import encode_records, split_work
 from policy.precision import Precision
-from policy.programs import Batch
+from policy.programs import Batch, SftProgram
 from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig, WindowConfig
 from policy.text import TEXT_DIM
@@ -119,6 +121,41 @@ def plain_torch_weights(
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
     return before, weights()
+
+
+def write_sft_start(folder: Path, policy: Path, dataset: Path) -> Path:
+    """What the VAE stage leaves behind for SFT: the policy's VAE and the latents of the training split."""
+    (folder / "latents").mkdir(parents=True)
+    save_vae(folder / "model", load_vae(policy))
+    data = RecordDataset(dataset, "train")
+    ((indices, owned),) = split_work(data, 1)
+    encode_records(folder / "model", data, indices, owned, folder / "latents" / "latents-00000.safetensors")
+    return folder
+
+
+def sft_batches(dataset: Path, steps: int, micro_batches: int, size: int = 2) -> list[list[Batch]]:
+    """Micro-batches of ``size`` records for each optimiser step, of all tasks in turn."""
+    data = RecordDataset(dataset, "train")
+    sampler = TaskSampler(data.task_positions, dict.fromkeys(data.tasks, 1.0), seed=3)
+    places = np.arange(steps * micro_batches).reshape(steps, micro_batches)
+    return [[Batch(int(place), sampler.draw(int(place), size)) for place in step] for step in places]
+
+
+def plain_sft_weights(
+    make: Callable[[], SftProgram], steps: list[list[Batch]], lr: float
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """As :func:`plain_torch_weights`, for SFT."""
+    program = make()
+    trained = {name: p for name, p in program.module.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimiser = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    for batches in steps:
+        optimiser.zero_grad()
+        losses = [program.loss(program.module, micro) for batch in batches for micro in program.micro_batches(batch)]
+        (sum(loss.total for loss in losses) / sum(loss.count for loss in losses)).backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimiser.step()
+    return before, {name: p.detach().clone() for name, p in trained.items()}
 
 
 def relative_change(before: dict, a: dict, b: dict) -> float:

@@ -7,7 +7,6 @@ import pytest
 import ray
 import torch
 
-from actors.cluster import ClusterConfig, RoleConfig
 from actors.engine import EngineConfig, OptimiserConfig
 from actors.learner import Item, LearnerGroup
 from common.errors import NumericsError
@@ -44,21 +43,6 @@ def steps(policy, real_dataset):
 @pytest.fixture(scope="module")
 def reference(policy, steps):
     return plain_torch_weights(policy, steps, LR)
-
-
-@pytest.fixture(scope="module")
-def learners(ray_cluster):
-    """Learner groups by number of ranks, started once."""
-    started: dict[int, LearnerGroup] = {}
-
-    def get(ranks: int) -> LearnerGroup:
-        if ranks not in started:
-            started[ranks] = LearnerGroup(ClusterConfig(learner=RoleConfig(actors=ranks, cpus=0.5), deadline_s=240))
-        return started[ranks]
-
-    yield get
-    for learner in started.values():
-        learner.close()
 
 
 def items(groups) -> list[Item]:

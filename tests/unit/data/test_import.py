@@ -400,3 +400,32 @@ def test_json_may_name_fields_that_nobody_uses(tmp_path, bring):
     source = tmp_path / "a.jsonl"
     source.write_text("\ufeff" + json.dumps(good(tmp_path, width=1024)))
     assert bring(source).counts == {"train": {"layer_decomposition": 1}}
+
+
+def test_a_pixel_budget_keeps_proportions_and_the_dataset_knows_its_sizes(tmp_path, bring):
+    for number, (height, width) in enumerate(((40, 80), (80, 40), (64, 64))):
+        drawn = pictures(number, height, width)
+        for role in ("image", "background", "foreground"):
+            save(tmp_path / "r" / str(number) / f"{role}.png", drawn[role])
+        (tmp_path / "r" / str(number) / "prompt.txt").write_text("Decompose the image.")
+    manifest = bring(tmp_path / "r", pixels=3 * 64 * 64)
+    data = RecordDataset(tmp_path / "out", "train")
+    assert data.sizes == [(32, 64), (64, 32), (64, 64)]
+    assert verify(tmp_path / "out") == []
+    assert [tuple(data.record(k).decode().targets_LCHW.shape) for k in range(3)] == [
+        (2, 4, *size) for size in data.sizes
+    ]
+    # What fits the budget as it is keeps its pixels.
+    assert np.array_equal(to_uint8_hwc(data.record(2).decode().targets_LCHW[1]), pictures(2, 64, 64)["foreground"])
+    assert manifest.config["pixels"] == 3 * 64 * 64
+    assert "size" not in manifest.config
+
+
+def test_a_picture_too_narrow_for_the_pixel_budget_is_named(tmp_path, bring):
+    drawn = pictures(0, 16, 400)
+    for role in ("image", "foreground"):
+        save(tmp_path / "r" / "thin" / f"{role}.png", drawn[role])
+    (tmp_path / "r" / "thin" / "prompt.txt").write_text("Cut out.")
+    (tmp_path / "r" / "thin" / "task.txt").write_text("automatic_matting")
+    with pytest.raises(DataError, match=r"thin, file image.png: 400x16 pixels have a side below 32"):
+        bring(tmp_path / "r", pixels=8192)

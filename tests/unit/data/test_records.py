@@ -216,3 +216,19 @@ def test_verify_lists_every_problem_and_is_silent_on_a_sound_dataset(tmp_path):
     assert "row 0" in problems[0]
     assert "row 2" in problems[1]
     assert len(verify(tmp_path / "nowhere")) == 1
+
+
+def test_records_know_their_size_without_being_decoded(tmp_path):
+    folder = write_dataset(tmp_path / "d", [make_record(number=k, size=size) for k, size in enumerate((16, 32, 16))])
+    data = RecordDataset(folder, "train")
+    assert data.sizes == [(16, 16), (32, 32), (16, 16)]
+    assert data.record(1).decode().targets_LCHW.shape[-2:] == (32, 32)
+
+
+def test_shards_from_before_sizes_were_stored_can_still_be_read(tmp_path):
+    folder = write_dataset(tmp_path / "d", [make_record(number=k) for k in range(3)])
+    rewrite(folder, lambda table: table.drop_columns(["size"]))
+    data = RecordDataset(folder, "train")
+    assert data.sizes == [None] * 3
+    assert data.record(2).decode().targets_LCHW.shape[-2:] == (16, 16)
+    assert verify(folder) == []

@@ -108,3 +108,52 @@ def test_seeds_depend_on_every_part_its_type_and_its_place():
     assert seed_for(0, "x") == seed_for(0, "x")
     with pytest.raises(TypeError, match=r"1\.5"):
         seed_for(1.5)
+
+
+shape_counts = st.lists(st.integers(1, 12), min_size=1, max_size=4)
+
+
+def shaped(counts):
+    """Positions of task a, beside a task b of one shape, and the shapes of all records."""
+    shapes = [(16 * (k + 1), 32) for k, n in enumerate(counts) for _ in range(n)]
+    order = np.random.default_rng(len(shapes)).permutation(len(shapes))
+    everything = [shapes[k] for k in order] + [(16, 16)] * 5
+    return {"a": np.arange(len(shapes)), "b": np.arange(len(shapes), len(everything))}, everything
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape_counts, st.integers(1, 9), st.integers(0, 1000), st.integers(0, 10**6))
+def test_records_of_one_draw_have_one_shape_and_the_draw_says_which(counts, count, seed, position):
+    positions, shapes = shaped(counts)
+    draw = TaskSampler(positions, {"a": 1.0, "b": 1.0}, seed, shapes).draw(position, count)
+    assert {shapes[index] for index in draw.indices} == {draw.shape}
+    assert len(draw.indices) == count
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape_counts, st.integers(1, 6), st.integers(0, 1000))
+def test_records_of_all_shapes_come_equally_often(counts, count, seed):
+    positions, shapes = shaped(counts)
+    sampler = TaskSampler({"a": positions["a"]}, {"a": 1.0}, seed, shapes)
+    drawn = Counter(int(index) for p in range(sum(counts)) for index in sampler.draw(p, count).indices)
+    assert drawn == dict.fromkeys(range(sum(counts)), count)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape_counts, st.integers(1, 6), st.integers(0, 1000), st.integers(0, 500))
+def test_a_stream_of_shapes_goes_on_in_mid_epoch_as_if_it_had_never_stopped(counts, count, seed, position):
+    positions, shapes = shaped(counts)
+    one, resumed = (TaskSampler(positions, {"a": 2.0, "b": 1.0}, seed, shapes) for _ in range(2))
+    through = [one.draw(p, count) for p in range(position + 5)][position:]
+    for k, draw in enumerate(through):
+        again = resumed.draw(position + k, count)
+        assert (again.task, again.shape, again.indices.tolist()) == (draw.task, draw.shape, draw.indices.tolist())
+
+
+@given(st.integers(1, 6), st.integers(0, 1000), st.integers(0, 500))
+@settings(max_examples=40, deadline=None)
+def test_a_dataset_of_one_shape_is_drawn_as_one_that_does_not_say_its_shape(count, seed, position):
+    positions = {"a": np.arange(7), "b": np.arange(7, 12)}
+    plain = TaskSampler(positions, {"a": 2.0, "b": 1.0}, seed)
+    told = TaskSampler(positions, {"a": 2.0, "b": 1.0}, seed, [(64, 64)] * 12)
+    assert plain.draw(position, count).indices.tolist() == told.draw(position, count).indices.tolist()

@@ -203,6 +203,20 @@ def test_pictures_beyond_the_size_of_the_file_are_left_out_and_counted(tmp_path,
     assert "Records left out of the pictures, for the size of this file: 1." in data.lacking
 
 
+def test_the_first_and_the_newest_picture_of_sft_are_shown(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "shown")
+    for step in (10, 20, 30):
+        path = folder / "sft" / "pictures" / f"step-{step:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(path)
+    alts = [found.get("alt") for found in written([folder]).all("img")]
+    assert [alt for alt in alts if "validation" in alt] == [f"validation records, step-000{n}0" for n in (1, 3)]
+    monkeypatch.setattr("pipeline.report_data.SFT_BYTES", 100)
+    [data] = collect([folder])
+    assert [name for name, _ in data.sft_pictures] == ["step-00030"]
+    assert "SFT's picture step-00010.png is too large for this file." in data.lacking
+
+
 def test_an_unfinished_run_gets_a_page_that_says_what_is_missing(tmp_path):
     folder = make_run(tmp_path / "half", grpo_steps=3, finished=False)
     with (folder / "events.jsonl").open("a") as file:

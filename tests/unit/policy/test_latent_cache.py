@@ -33,7 +33,8 @@ class Records:
 
 
 def image(name):
-    return torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(ord(name)))
+    width = 12 if name > "m" else 8
+    return torch.rand(4, 8, width, generator=torch.Generator().manual_seed(ord(name)))
 
 
 @pytest.fixture
@@ -121,3 +122,19 @@ def test_a_worker_that_owns_no_image_does_no_harm(tmp_path, model):
     mean, _ = latent_statistics(parts)
     assert torch.allclose(mean.float(), posterior_means("ab").mean((0, 2, 3)), atol=1e-3)
     assert len(LatentCache(tmp_path, MEAN, STD)) == 2
+
+
+def test_images_of_several_sizes_are_encoded_with_their_equals(tmp_path, model):
+    data = Records("ab", "xy", "xz", "ca")
+    ((indices, owned),) = split_work(data, 1)
+    part = encode_records(model, data, indices, owned, tmp_path / "latents-00000.safetensors")
+    assert part.count == 6
+    assert len(list(tmp_path.glob("latents-*.safetensors"))) == 2
+    cache = LatentCache(tmp_path, [0.0] * CHANNELS, [1.0] * CHANNELS)
+    for names, width in (("abc", 4), ("xyz", 6)):
+        latents = cache.stack(names)
+        assert latents.shape == (3, CHANNELS, 4, width)
+        assert torch.allclose(latents, posterior_means(names), atol=2e-3, rtol=1e-3)
+    every = [*posterior_means("abc"), *posterior_means("xyz")]
+    expected = torch.stack([latent.mean((1, 2)) for latent in every]).mean(0)
+    assert torch.allclose(latent_statistics([part])[0].float(), expected, atol=1e-3)
