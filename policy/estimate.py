@@ -24,6 +24,8 @@ ADAM_BYTES = 8
 class Footprint:
     """One training step of one micro-batch on one rank, before ZeRO shares anything."""
 
+    recomputed: bool
+    """Whether the backward pass computes the blocks' activations again."""
     base_bytes: int
     """Weights that are not trained."""
     trained_bytes: int
@@ -39,8 +41,6 @@ class Footprint:
     """Multiplications and additions of a forward pass."""
     trained: int
     """Number of trained weights."""
-    recomputed: bool = False
-    """Whether the backward pass computes the blocks' activations again."""
 
     def per_rank(self, zero_stage: int, ranks: int) -> int:
         """Bytes on each rank: ZeRO 1 shares the optimiser's state, 2 the gradients too, 3 the weights too."""
@@ -77,7 +77,8 @@ def footprint(
     """
     layers, sizes = int(settings["num_layers"]), (batch, images, side, text_tokens)
     two, three = (_counted(settings, lora, n, sizes, base_dtype, recomputed) for n in (2, 3))
-    return Footprint(*(a + (b - a) * (layers - 2) for a, b in zip(two, three, strict=True)), recomputed=recomputed)
+    counts = [a + (b - a) * (layers - 2) for a, b in zip(two, three, strict=True)]
+    return Footprint(recomputed, *counts)
 
 
 def _counted(settings, lora, layers, sizes, dtype, recomputed) -> tuple[int, ...]:

@@ -117,7 +117,8 @@ def plain_torch_weights(
         program.begin_batch(weights)
         optimiser.zero_grad()
         losses = [program.loss(module, micro) for group in groups for micro in program.micro_batches(*group)]
-        (sum(loss.total for loss in losses) / sum(loss.count for loss in losses)).backward()
+        total = torch.stack([loss.total for loss in losses]).sum()
+        (total / sum(loss.count for loss in losses)).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
     return before, weights()
@@ -152,7 +153,8 @@ def plain_sft_weights(
     for batches in steps:
         optimiser.zero_grad()
         losses = [program.loss(program.module, micro) for batch in batches for micro in program.micro_batches(batch)]
-        (sum(loss.total for loss in losses) / sum(loss.count for loss in losses)).backward()
+        total = torch.stack([loss.total for loss in losses]).sum()
+        (total / sum(loss.count for loss in losses)).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimiser.step()
     return before, {name: p.detach().clone() for name, p in trained.items()}
