@@ -4,7 +4,6 @@ tests/openai_server.py."""
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -14,6 +13,7 @@ from pipeline.config import load_config
 from pipeline.stages import run_stages
 from tests import openai_server
 from tests.integration.policies import write_policy
+from tests.integration.test_judge_pool import processes, until
 from tests.openai_server import brightness, serving, status
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -83,7 +83,7 @@ def test_a_run_whose_judge_is_killed_three_times_trains_on_every_group_and_leave
     assert steps_of(run)[-1]["judge/restarts"] == 3
     assert steps_of(run)[-1]["judge/running"] == 3.0  # of the server's own page
     assert "starting" in (run / "judging" / "judge-0.log").read_text()
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in (p.info["cmdline"] or ())]
+    until(lambda: not processes(tmp_path))  # a guard ends when it has told the end of its server
     (described,) = (event["terms"] for event in events if event["event"] == "scorers")
     assert described == {"judge": "model, pointwise, templates small"}
 

@@ -200,3 +200,10 @@ def test_with_the_policy_fail_a_missing_score_names_the_group_and_the_reason():
         RewardError, match=r"^group 1\.0: reward 'layer' has no score for member 0: gone; mend the scorer"
     ):
         join_scores(strict, [missing_scores("layer", 2, "gone")], "group 1.0")
+
+
+def test_a_term_of_which_no_score_may_be_missing_is_strict_where_the_others_are_dropped():
+    scores = [missing_scores("layer", 2, "gone"), missing_scores("composition", 2, "away")]
+    assert np.isnan(join_scores(CONFIG, scores, "group 1.0", strict=()).scores_TG).all()
+    with pytest.raises(RewardError, match=r"group 1.0: reward 'composition' has no score for member 0: away"):
+        join_scores(CONFIG, scores, "group 1.0", strict=("composition",))
