@@ -1,4 +1,4 @@
-"""A wait that runs past its deadline leaves the stacks of every process of the run behind before any is ended."""
+"""A wait that runs past its deadline leaves the stacks of every process of the run behind, before any of them ends."""
 
 import os
 import signal
