@@ -6,7 +6,7 @@ whose inputs may need no gradient, are alike, so every number is linear in their
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,8 @@ def footprint(
     """
     layers, sizes = int(settings["num_layers"]), (batch, images, side, text_tokens)
     two, three = (_counted(settings, lora, n, sizes, base_dtype, recomputed) for n in (2, 3))
-    return Footprint(*(a + (b - a) * (layers - 2) for a, b in zip(two, three, strict=True)), recomputed=recomputed)
+    whole: list[Any] = [a + (b - a) * (layers - 2) for a, b in zip(two, three, strict=True)]
+    return replace(Footprint(*whole), recomputed=recomputed)
 
 
 def _counted(settings, lora, layers, sizes, dtype, recomputed) -> tuple[int, ...]:
