@@ -30,7 +30,7 @@ def log_to(path: Path) -> TextIO:
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path)
+        handler = logging.StreamHandler(path.open("a", encoding="utf-8"))
     form = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     form.converter = time.gmtime
     handler.setFormatter(form)

@@ -34,7 +34,7 @@ def other_code(tmp_path) -> Path:
 
 def crew_of(environment: dict[str, Any] | None) -> Crew:
     actor = ray.remote(num_cpus=0.1)(RewardActor).options(runtime_env=environment)
-    config, role = RewardConfig(terms=[]), RoleConfig()
+    config, role = RewardConfig(terms=()), RoleConfig()
     return Crew(
         "reward", lambda: actor.remote(config, role.threads), 1, replacements=0, deadline_s=ClusterConfig().deadline_s
     )
@@ -68,9 +68,9 @@ def test_an_actor_that_runs_the_drivers_code_is_taken_in():
 
 @pytest.mark.parametrize("what", ["omnialpha", "python", "torch", "ray"])
 def test_another_version_is_refused_by_name(what):
-    said = {"address": "10.0.0.7", "versions": versions() | {what: "0.0.1"}}
+    said = {"name": "learner-1", "address": "10.0.0.7", "versions": versions() | {what: "0.0.1"}}
     with pytest.raises(ClusterError, match=rf"^node 10.0.0.7 .* learner-1 has {what} 0.0.1 \(the driver: "):
-        admit("learner-1", said)
+        admit(said)
 
 
 def test_the_digest_follows_names_and_contents_of_sources_and_nothing_else(tmp_path):
