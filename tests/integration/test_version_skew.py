@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import ray
 
-from actors.cluster import ClusterConfig, RoleConfig
 from actors.crew import Crew
 from actors.origin import PACKAGES, source_digest, versions
 from actors.processes import admit
-from actors.reward import RewardActor
 from common.errors import ClusterError
-from rewards.combine import RewardConfig
+from tests.faults import worker
+from tests.faults.worker import Worker
+
+ray.cloudpickle.register_pickle_by_value(worker)  # actors cannot import the tests
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
 
@@ -33,11 +34,8 @@ def other_code(tmp_path) -> Path:
 
 
 def crew_of(environment: dict[str, Any] | None) -> Crew:
-    actor = ray.remote(num_cpus=0.1)(RewardActor).options(runtime_env=environment)
-    config, role = RewardConfig(terms=()), RoleConfig()
-    return Crew(
-        "reward", lambda: actor.remote(config, role.threads), 1, replacements=0, deadline_s=ClusterConfig().deadline_s
-    )
+    actor = ray.remote(num_cpus=0.1)(Worker).options(runtime_env=environment)
+    return Crew("reward", actor.remote, 1, replacements=0, deadline_s=240.0)
 
 
 def test_an_actor_that_runs_a_copy_with_one_changed_line_is_refused_with_its_node_and_both_digests(other_code):
