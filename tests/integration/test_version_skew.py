@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import ray
 
-from actors.cluster import ClusterConfig, RoleConfig
 from actors.crew import Crew
 from actors.origin import PACKAGES, source_digest, versions
 from actors.processes import admit
-from actors.reward import RewardActor
 from common.errors import ClusterError
-from rewards.combine import RewardConfig
+from tests.faults import worker
+from tests.faults.worker import Worker
+
+ray.cloudpickle.register_pickle_by_value(worker)  # actors cannot import the tests
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_cluster")]
 
@@ -33,11 +34,8 @@ def other_code(tmp_path) -> Path:
 
 
 def crew_of(environment: dict[str, Any] | None) -> Crew:
-    actor = ray.remote(num_cpus=0.1)(RewardActor).options(runtime_env=environment)
-    config, role = RewardConfig(terms=[]), RoleConfig()
-    return Crew(
-        "reward", lambda: actor.remote(config, role.threads), 1, replacements=0, deadline_s=ClusterConfig().deadline_s
-    )
+    actor = ray.remote(num_cpus=0.1)(Worker).options(runtime_env=environment)
+    return Crew("reward", actor.remote, 1, replacements=0, deadline_s=240.0)
 
 
 def test_an_actor_that_runs_a_copy_with_one_changed_line_is_refused_with_its_node_and_both_digests(other_code):
@@ -68,9 +66,9 @@ def test_an_actor_that_runs_the_drivers_code_is_taken_in():
 
 @pytest.mark.parametrize("what", ["omnialpha", "python", "torch", "ray"])
 def test_another_version_is_refused_by_name(what):
-    said = {"address": "10.0.0.7", "versions": versions() | {what: "0.0.1"}}
+    said = {"name": "learner-1", "address": "10.0.0.7", "versions": versions() | {what: "0.0.1"}}
     with pytest.raises(ClusterError, match=rf"^node 10.0.0.7 .* learner-1 has {what} 0.0.1 \(the driver: "):
-        admit("learner-1", said)
+        admit(said)
 
 
 def test_the_digest_follows_names_and_contents_of_sources_and_nothing_else(tmp_path):
