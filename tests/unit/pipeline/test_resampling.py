@@ -67,7 +67,7 @@ Start = Callable[..., Driver]
 @pytest.fixture
 def start(tmp_path, monkeypatch) -> Iterator[Start]:
     """Opens a run whose training split has the records of ``POSITIONS``."""
-    dataset = SimpleNamespace(task_positions=POSITIONS)
+    dataset = SimpleNamespace(task_positions=POSITIONS, sizes=None)
     monkeypatch.setattr(pipeline.train, "RecordDataset", lambda folder, split: dataset)
     runs: list[Run] = []
 
