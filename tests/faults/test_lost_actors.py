@@ -273,7 +273,7 @@ def test_a_run_whose_rollout_and_reward_actors_are_killed_at_work_ends_bit_equal
     assert group_balance(events)["launched"] == 16
 
     def steps(log):
-        timed = ("time", "sample_s", "train_s", "max_seconds")
+        timed = ("time", "sample_s", "train_s", "max_seconds", "idle_learner", "idle_rollout")
         return [{k: v for k, v in e.items() if k not in timed} for e in log if e["event"] == "step"]
 
     assert steps(events) == steps(calm)
