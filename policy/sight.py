@@ -39,8 +39,7 @@ class Sight:
 
         Each location has mean 0 and variance 1 over the channels of each of the network's three sizes.
         """
-        seen = [_laid_out(self._levels(image), height, width) for image in images]
-        return torch.stack(seen) if seen else torch.zeros(0, SIGHT_CHANNELS, height, width)
+        return _stacked([self._levels(image) for image in images], height, width)
 
     def lookup(self, digests: Sequence[str], images: Callable[[], Sequence[Tensor]], height: int, width: int) -> Tensor:
         """As :meth:`of`, for images that are decoded only if one of them was not seen before."""
@@ -49,10 +48,10 @@ class Sight:
                 self._known[digest] = self._levels(image)
         for digest in digests:
             self._known.move_to_end(digest)
-        seen = [_laid_out(self._known[digest], height, width) for digest in digests]
+        found = [self._known[digest] for digest in digests]
         while len(self._known) > KEPT:
             self._known.popitem(last=False)
-        return torch.stack(seen) if seen else torch.zeros(0, SIGHT_CHANNELS, height, width)
+        return _stacked(found, height, width)
 
     @torch.no_grad()
     def _levels(self, image_4HW: Tensor) -> list[Tensor]:
@@ -62,6 +61,12 @@ class Sight:
         with torch.autocast(on_white.device.type, enabled=False):
             enlarged = F.interpolate(on_white, scale_factor=float(ENLARGED), mode="bicubic").clamp(0, 1)
             return [level[0].half() for level in self._network.projections(enlarged)[2:]]
+
+
+def _stacked(images: Sequence[Sequence[Tensor]], height: int, width: int) -> Tensor:
+    if not images:
+        return torch.zeros(0, SIGHT_CHANNELS, height, width)
+    return torch.stack([_laid_out(levels, height, width) for levels in images])
 
 
 def _laid_out(levels: Sequence[Tensor], height: int, width: int) -> Tensor:
