@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a real dataset and a real Ray cluster, each made once."""
 
+import contextlib
 import json
 import os
 import string
@@ -17,6 +18,25 @@ torch.set_num_threads(1)  # xdist runs one process per core
 os.environ.setdefault("WANDB_SILENT", "true")
 
 TINY_DATA = DataConfig(size=32, train_scenes=12, val_scenes=4, test_scenes=6, max_foregrounds_per_source=60, workers=1)
+
+
+class SharedCluster:
+    """A local Ray cluster that is started when a file needs it and stays until a file needs it gone."""
+
+    def __init__(self) -> None:
+        self._held = contextlib.ExitStack()
+        self._running = False
+
+    def enter(self) -> None:
+        from actors.cluster import ClusterConfig, connected
+
+        if not self._running:
+            self._held.enter_context(connected(ClusterConfig(cpus=8, object_store_mib=256)))
+            self._running = True
+
+    def leave(self) -> None:
+        self._held.close()
+        self._running = False
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +69,20 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray cluster of this process's own, with more logical CPUs than the machine may have."""
-    from actors.cluster import ClusterConfig, connected
+def shared_cluster() -> Iterator[SharedCluster]:
+    """The cluster that the files of one process share; files that start their own ask for ``without_ray``."""
+    cluster = SharedCluster()
+    yield cluster
+    cluster.leave()
 
-    with connected(ClusterConfig(cpus=8, object_store_mib=256)):
-        yield
+
+@pytest.fixture(scope="module")
+def ray_cluster(shared_cluster: SharedCluster) -> None:
+    """A local Ray cluster of this process's own, with more logical CPUs than the machine may have."""
+    shared_cluster.enter()
+
+
+@pytest.fixture(scope="module")
+def without_ray(shared_cluster: SharedCluster) -> None:
+    """No connection to Ray, whichever file ran before in this process: a process can hold one only."""
+    shared_cluster.leave()

@@ -16,7 +16,7 @@ from tests.integration.policies import write_policy
 from tests.integration.test_judge_pool import processes, until
 from tests.openai_server import brightness, serving, status
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("without_ray")]
 
 STEPS, PROMPTS, MEMBERS = 2, 2, 3
 OTHER_TASKS = ("automatic_matting", "mask_matting", "referring_matting", "object_removal", "layer_decomposition")

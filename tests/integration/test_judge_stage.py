@@ -13,7 +13,7 @@ from pipeline.config import load_config
 from pipeline.stages import run_stages
 from rewards.judge.model import ModelJudge
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("without_ray")]
 
 SETTINGS = (
     "tracking.wandb=disabled",
