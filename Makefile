@@ -72,8 +72,11 @@ base: setup
 	$(BIN)/omnialpha rgb demo-base
 	$(BIN)/omnialpha vae demo-base
 	$(BIN)/omnialpha sft demo-base
+	test -d runs/demo-base-first || $(BIN)/omnialpha export runs/demo-base runs/demo-base-first --stage sft
+	$(BIN)/omnialpha vae demo-base-more
+	$(BIN)/omnialpha sft demo-base-more
 	rm -rf policy/shipped/demo-base
-	$(BIN)/omnialpha export runs/demo-base policy/shipped/demo-base --stage sft --dtype bfloat16
+	$(BIN)/omnialpha export runs/demo-base-more policy/shipped/demo-base --stage sft --dtype bfloat16
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -n 0 -s tests/faults

@@ -96,11 +96,15 @@ class VaeStageConfig(BatchedConfig):
     """Size of the network."""
     start: Path | None = None
     """Policy folder whose VAE is taken as it is; the stage then only encodes the training split."""
+    train_decoder: bool = False
+    """Whether the decoder of ``start`` is trained on. Its encoder stays, and with it all that knows its latents."""
     loss: VaeLossConfig = VaeLossConfig()
     """Loss weights."""
 
     @model_validator(mode="after")
     def _loss_fits(self) -> "VaeStageConfig":
+        if self.train_decoder and self.start is None:
+            raise ValueError("train_decoder trains the decoder of a policy: name its folder in vae.start")
         _check_vae_loss(self.loss, self.zero_stage)
         return self
 

@@ -18,7 +18,7 @@ from policy.folder import load_vae, save_vae
 from policy.programs import Batch, make_sft_program
 from policy.rl import Start
 from policy.vae import set_latent_statistics
-from policy.vae_program import make_rgb_program, make_vae_program
+from policy.vae_program import make_decoder_program, make_rgb_program, make_vae_program
 from rewards.judge.training import make_judge_program
 
 log = logging.getLogger("omnialpha")
@@ -39,7 +39,10 @@ def run_rgb(run: Run, learner: LearnerGroup) -> None:
 def run_vae(run: Run, learner: LearnerGroup) -> None:
     """Trains the VAE, measures its latents and encodes the training split."""
     config, dataset, start = run.config, run.config.dataset_folder, run.config.vae.start
-    if start:
+    if start and config.vae.train_decoder:
+        make = functools.partial(make_decoder_program, config.vae.loss, dataset, config.seed, start)
+        progress = _train(run, "vae", config.vae, learner, make)
+    elif start:
         progress = Progress(run, "vae", 0, 1)
     else:
         rgb = run.require("rgb", wanted_by="vae") / "model" if config.rgb else None
@@ -47,7 +50,7 @@ def run_vae(run: Run, learner: LearnerGroup) -> None:
         progress = _train(run, "vae", config.vae, learner, make)
 
     def write(folder: Path) -> None:
-        if start:
+        if start and not config.vae.train_decoder:
             save_vae(folder / "model", load_vae(start))
         else:
             learner.export(folder / "model")

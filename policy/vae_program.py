@@ -30,6 +30,9 @@ from policy.vae import VaeConfig, build_vae, opaque
 CRITIC = "critic."
 """Where the discriminator's weights begin in the trained module's names."""
 
+ENCODING = ("encoder.", "quant_conv.")
+"""Where the names of a VAE's weights begin that decide its latents."""
+
 MOST_ADAPTIVE = 1e4
 """Bound of the adversarial term's adaptive weight, as in VQGAN's code."""
 
@@ -123,10 +126,18 @@ class VaeForward(torch.nn.Module):
 
 
 class VaeProgram:
-    """Trains a VAE on every kind of image a record holds: 4 channels on RGBA, 3 on its blend over a random colour."""
+    """Trains a VAE on every kind of image a record holds: 4 channels on RGBA, 3 on its blend over a random colour. With
+    its encoder frozen, latents and what was trained on them stay valid."""
 
-    def __init__(self, vae: AutoencoderKL, config: VaeLossConfig, dataset: Path, seed: int) -> None:
+    def __init__(
+        self, vae: AutoencoderKL, config: VaeLossConfig, dataset: Path, seed: int, frozen_in: Path | None = None
+    ) -> None:
+        """A program for ``vae``; with ``frozen_in``, the folder that it was read from, for its decoder alone."""
         critic = None
+        self._frozen_in = frozen_in
+        if frozen_in:
+            for name, parameter in vae.named_parameters():
+                parameter.requires_grad_(not name.startswith(ENCODING))
         if config.adversarial:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_for(seed, "critic weights"))
@@ -175,8 +186,11 @@ class VaeProgram:
         return MicroLoss(total * count, count, {name: value * count for name, value in stats.items()})
 
     def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-        module = VaeForward(deepcopy(self.module.vae))
-        module.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CRITIC)})
+        # What is frozen is not among the weights, and under ZeRO 3 not whole in the module either.
+        module = VaeForward(load_vae(self._frozen_in) if self._frozen_in else deepcopy(self.module.vae))
+        trained = {name: value for name, value in weights.items() if not name.startswith(CRITIC)}
+        frozen = {f"vae.{name}": value for name, value in module.vae.state_dict().items() if name.startswith(ENCODING)}
+        module.load_state_dict({**frozen, **trained} if self._frozen_in else trained)
         save_vae(folder, module.vae)
 
     def _pixels(self, micro: Batch) -> tuple[torch.Tensor, int]:
@@ -217,6 +231,11 @@ def make_vae_program(
     """A 4-channel VAE and its objective: fresh, or converted from the RGB VAE in the folder ``rgb``."""
     vae = opaque(load_vae(rgb)) if rgb else build_vae(network, seed_for(seed, "vae weights"))
     return VaeProgram(vae, config, dataset, seed)
+
+
+def make_decoder_program(config: VaeLossConfig, dataset: Path, seed: int, start: Path) -> VaeProgram:
+    """The VAE of the policy folder ``start``, of which the decoder trains on."""
+    return VaeProgram(load_vae(start), config, dataset, seed_for(seed, "decoder"), frozen_in=start)
 
 
 def make_rgb_program(network: VaeConfig, config: VaeLossConfig, dataset: Path, seed: int) -> VaeProgram:

@@ -9,11 +9,12 @@ from common.errors import ConfigError
 from data.records import RecordDataset
 from data.sampler import Draw
 from pipeline.config import load_config
+from policy.folder import load_vae, save_vae
 from policy.objectives import alpha_blend_mse
 from policy.perceptual import PerceptualDistance
 from policy.programs import Batch
 from policy.vae import build_vae
-from policy.vae_program import VaeLossConfig, VaeProgram, adaptive_weight
+from policy.vae_program import VaeLossConfig, VaeProgram, adaptive_weight, make_decoder_program
 
 
 def program(dataset, channels: int = 4, **weights) -> VaeProgram:
@@ -127,3 +128,26 @@ def test_paired_distances_are_those_of_each_image_to_its_own_truth():
 def test_an_adversarial_term_under_zero_3_is_refused():
     with pytest.raises(ConfigError, match="set zero_stage to 2 or less"):
         load_config("tiny", ["vae.loss.adversarial=0.1", "vae.zero_stage=3"])
+
+
+def test_training_the_decoder_alone_leaves_every_latent_as_it_was(real_dataset, tmp_path):
+    save_vae(tmp_path / "start", build_vae(VAE, seed=1))
+    made = make_decoder_program(VaeLossConfig(), real_dataset, 0, tmp_path / "start")
+    trained = {name: p for name, p in made.module.named_parameters() if p.requires_grad}
+    optimiser, losses = torch.optim.Adam(trained.values(), lr=3e-3), []
+    for position in range(12):
+        optimiser.zero_grad()
+        loss = made.loss(made.module, batch(real_dataset, position % 2))
+        loss.total.backward()
+        optimiser.step()
+        losses.append(float(loss.total.detach()) / loss.count)
+    assert losses[-1] < losses[0]
+    made.export(tmp_path / "new", {name: p.detach() for name, p in trained.items()})
+    old, new = load_vae(tmp_path / "start"), load_vae(tmp_path / "new")
+    pixels, _ = made._pixels(batch(real_dataset))
+    assert torch.equal(old.encode(pixels).latent_dist.parameters, new.encode(pixels).latent_dist.parameters)
+    assert not torch.equal(
+        old.decode(old.encode(pixels).latent_dist.mean).sample, new.decode(old.encode(pixels).latent_dist.mean).sample
+    )
+    for name, value in new.decoder.state_dict().items():
+        assert torch.equal(value, made.module.vae.decoder.state_dict()[name]), name
