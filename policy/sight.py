@@ -18,8 +18,8 @@ from policy.features import load_efficientnet
 
 ENLARGED = 2
 """The network was trained at 224 pixels; images are looked at this much larger, which small ones gain from."""
-KEPT = 16384
-"""Images remembered; one of 64 pixels takes 45 kB."""
+KEPT_BYTES = 768 * 2**20
+"""Memory for what was seen; an image of 64 pixels takes 45 kB, one of 512 pixels 2.9 MB."""
 
 
 def sight_for(transformer: QwenImageTransformer2DModel) -> "Sight | None":
@@ -30,9 +30,11 @@ def sight_for(transformer: QwenImageTransformer2DModel) -> "Sight | None":
 class Sight:
     """Features of images by EfficientNet-Lite0, remembered by the digest of their pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+        """A network that has seen nothing yet and may remember that much."""
         self._network = load_efficientnet()
         self._known: OrderedDict[str, list[Tensor]] = OrderedDict()
+        self._free = kept_bytes
 
     def of(self, images: Sequence[Tensor], height: int, width: int) -> Tensor:
         """Features (N, 472, height, width) of N images, each (4, H, W) in [0, 1]; transparent ones lie on white.
@@ -45,12 +47,14 @@ class Sight:
         """As :meth:`of`, for images that are decoded only if one of them was not seen before."""
         if not all(digest in self._known for digest in digests):
             for digest, image in zip(digests, images(), strict=True):
-                self._known[digest] = self._levels(image)
+                if digest not in self._known:
+                    self._known[digest] = self._levels(image)
+                    self._free -= _size(self._known[digest])
         for digest in digests:
             self._known.move_to_end(digest)
         found = [self._known[digest] for digest in digests]
-        while len(self._known) > KEPT:
-            self._known.popitem(last=False)
+        while self._free < 0:
+            self._free += _size(self._known.popitem(last=False)[1])
         return _stacked(found, height, width)
 
     @torch.no_grad()
@@ -61,6 +65,10 @@ class Sight:
         with torch.autocast(on_white.device.type, enabled=False):
             enlarged = F.interpolate(on_white, scale_factor=float(ENLARGED), mode="bicubic").clamp(0, 1)
             return [level[0].half() for level in self._network.projections(enlarged)[2:]]
+
+
+def _size(levels: Sequence[Tensor]) -> int:
+    return sum(level.nbytes for level in levels)
 
 
 def _stacked(images: Sequence[Sequence[Tensor]], height: int, width: int) -> Tensor:

@@ -72,9 +72,8 @@ def test_no_picture_gives_no_features_of_the_right_shape(sight):
     assert sight.of([], 8, 8).shape == sight.lookup([], list, 8, 8).shape == (0, SIGHT_CHANNELS, 8, 8)
 
 
-def test_only_the_oldest_pictures_are_forgotten(sight, monkeypatch):
-    monkeypatch.setattr("policy.sight.KEPT", 2)
-    fresh = Sight()
+def test_only_the_oldest_pictures_are_forgotten_where_memory_ends():
+    fresh = Sight(kept_bytes=2 * 2 * (40 * 8 * 8 + 112 * 4 * 4 + 320 * 2 * 2))  # two pictures in half precision
     for name, seed in (("a", 1), ("b", 2), ("a", 1), ("c", 3)):
         fresh.lookup([name], lambda seed=seed: [picture(seed)], 8, 8)
     fresh.lookup(["a"], lambda: pytest.fail("a was looked at last"), 8, 8)
