@@ -67,7 +67,8 @@ def training_record(run: Path, stage: str) -> dict[str, Any]:
     from common.events import read_events
     from pipeline.report_data import public
 
-    config = public(yaml.safe_load((run / "config.yaml").read_text()))
+    read = yaml.safe_load((run / "config.yaml").read_text())
+    config = public(read)
     outside = {"run_dir", "dataset", "cluster", "tracking"}
     events = read_events(run / "events.jsonl")
     environments = [event for event in events if event["event"] == "environment"]
@@ -91,7 +92,15 @@ def training_record(run: Path, stage: str) -> dict[str, Any]:
         else None,
         "seconds_of_the_last_attempt": seconds,
         "log": {name: _thinned(rows) for name, rows in steps.items()},
+        "start": _record_of_the_start(read),
     }
+
+
+def _record_of_the_start(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the policy that the run started from, where that was an exported one."""
+    start = config["grpo"].get("start") or config["sft"].get("start") or config["vae"].get("start")
+    record = Path(start) / "training.json" if start else None
+    return json.loads(record.read_text()) if record and record.is_file() else None
 
 
 def _thinned(rows: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from policy.folder import load_transformer, load_vae, save_policy, shipped_polic
 from policy.vae import VaeConfig, build_vae, set_latent_statistics
 
 
-def make_run(root: Path, steps: int = 3) -> Path:
+def make_run(root: Path, steps: int = 3, start: Path | None = None) -> Path:
     """What a run leaves behind once its SFT stage is done."""
     run = root / "run"
     vae = build_vae(VaeConfig(channels=(8, 16), latent_channels=4, norm_groups=4), 0)
@@ -30,7 +30,7 @@ def make_run(root: Path, steps: int = 3) -> Path:
         temporary / "model", vae, build_dit(DitConfig(layers=1, heads=1, head_dim=12, rope_axes=(4, 4, 4)), 4, 16, 0)
     )
     commit(temporary, final, {"step": steps})
-    config = load_config("tiny", [f"run_dir={run}", "seed=7"])
+    config = load_config("tiny", [f"run_dir={run}", "seed=7", *([f"vae.start={start}"] if start else [])])
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (run / "dataset").mkdir()
     (run / "dataset" / "manifest.json").write_text('{"content_digest": "abc"}')
@@ -67,6 +67,16 @@ def test_the_training_record_holds_seed_config_manifest_and_log_and_no_folder_of
     assert [row["step"] for row in record["log"]["sft"]] == [1, 2, 3]
     assert record["seconds_of_the_last_attempt"] == {"sft": 2.5}
     assert str(tmp_path) not in text
+
+
+def test_the_record_of_a_policy_that_was_trained_on_holds_that_of_the_one_it_started_from(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["export", str(make_run(tmp_path / "a")), str(first)]) == 0
+    assert main(["export", str(make_run(tmp_path / "b", steps=5, start=first)), str(second)]) == 0
+    record = json.loads((second / "training.json").read_text())
+    assert record["start"] == json.loads((first / "training.json").read_text())
+    assert record["start"]["start"] is None
+    assert len(record["log"]["sft"]) == 5
 
 
 def test_a_long_log_is_thinned_and_keeps_its_last_step(tmp_path):
