@@ -32,6 +32,8 @@ ASK_ACTOR_S = 10.0
 """Longest wait for what an actor of this module knows by heart."""
 STOP_S = 30.0
 """Longest wait for a server to end."""
+SHARE = 0.8
+"""Of ``cluster.deadline_s`` that a judge may be silent: who asks it gives up before the driver gives up on who asks."""
 
 
 class JudgeUrlConfig(StrictConfig):
@@ -68,7 +70,12 @@ class JudgeServing(StrictConfig):
     """How it is asked."""
     missing: Literal["drop", "wait", "fail"] = "wait"
     """A question without an answer for ``client.patience_s``: its score is left out (``drop``), it is asked until it is
-    answered or ``cluster.deadline_s`` ends the run (``wait``), or it ends the run (``fail``)."""
+    answered or the judge's silence for most of ``cluster.deadline_s`` ends the run (``wait``), or it ends the run
+    (``fail``)."""
+
+    compare: bool = True
+    """Whether the evaluation has the judge compare GRPO's samples with those of every other policy, pair by pair in
+    both orders, on the tasks that it judges."""
 
     @model_validator(mode="after")
     def _one(self) -> "JudgeServing":
@@ -201,10 +208,16 @@ class JudgePool:
             self.close()
             raise
 
-    def asker(self) -> JudgeClient:
+    def asker(self, deadline_s: float = math.inf) -> JudgeClient:
         """A client of the judge, which may be sent to other processes of the cluster. It spreads its questions over the
-        servers and finds those that were started again."""
-        return self._client(math.inf if self._config.missing == "wait" else self._config.client.patience_s)
+        servers and finds those that were started again.
+
+        Args:
+            deadline_s: longest time that the run waits for whoever asks.
+        """
+        if self._config.missing == "wait":
+            return self._client(self._config.client.patience_s, SHARE * deadline_s)
+        return self._client(self._config.client.patience_s)
 
     def check(self) -> None:
         """
@@ -238,9 +251,9 @@ class JudgePool:
                 ray.kill(actor, no_restart=True)
         self._actors = []
 
-    def _client(self, patience_s: float) -> JudgeClient:
+    def _client(self, patience_s: float, ends_run_after_s: float | None = None) -> JudgeClient:
         client = self._config.client.model_copy(update={"patience_s": patience_s})
-        return JudgeClient(self._endpoints, client, Path(self._config.model).name)
+        return JudgeClient(self._endpoints, client, Path(self._config.model).name, ends_run_after_s)
 
     def _served(self, server: JudgeServerConfig, logs: Path) -> Endpoints:
         # Nobody else knows the name and the key: whoever answers to them is this run's.

@@ -21,14 +21,18 @@ from actors.isolation import ScorerPool, isolated_terms
 from actors.rollout import Group
 from actors.waiting import wait_futures
 from common.commit import storage_errors
+from common.errors import OmniAlphaError
 from common.role_logs import recorded
 from data.rgba import draw_grid, encode_png, layer_rows
 from data.tasks import get_task
 from policy.group import GroupPixels
 from policy.rollout_files import read_rollouts, write_rollouts
-from rewards.base import Scores, build
+from rewards.base import Scores, build, reward_batch
 from rewards.combine import RewardConfig, active_terms
 from rewards.groups import GroupScores, join_scores, score_terms
+from rewards.judge.protocols import Verdict
+from rewards.judge.served import judging_term, served_terms
+from rewards.judge.term import Judge
 from rewards.metrics import sample_metrics
 from rewards.set_features import Cloud, layer_features
 
@@ -86,6 +90,15 @@ class RewardActor:
             clouds = (layer_features(layers), layer_features(targets)) if features else ((), ())
             measured.append(MeasuredHere(pixels.name, scores, sample_metrics(roles, layers, targets), clouds))
         return measured
+
+    def compare(
+        self, task: str, first: Sequence[GroupPixels], second: Sequence[GroupPixels]
+    ) -> list[Verdict | OmniAlphaError]:
+        """Has the run's judge compare two policies' samples of the same records of one task."""
+        term = judging_term(self._config, task)
+        assert term
+        judge = Judge(**term.params)  # here, wherever the term itself scores: who asks needs no model
+        return judge.compare([reward_batch(p) for p in first], [reward_batch(p) for p in second])
 
     def keep(self, path: Path, groups: list[GroupPixels]) -> None:
         """Writes groups of one for :meth:`draw_change`."""
@@ -198,6 +211,8 @@ class RewardPool:
         """
         role, isolated = config.reward, isolated_terms(rewards)
         self._config, self._strict = rewards, frozenset(strict)
+        judges = ", ".join(dict.fromkeys(term.params["asker"].name for term in served_terms(rewards)))
+        self._asked = f" (the judge {judges} is asked; logs/reward-*.log say what it answers)" if judges else ""
         actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RewardActor)
         self.crew = Crew(
             "reward",
@@ -251,6 +266,7 @@ class RewardPool:
         return measured
 
     def _wait(self, scorings: Sequence[Scoring], what: str) -> tuple[list[Any], list[Any]]:
+        what += self._asked
         shared = self.crew.wait([scoring.shared for scoring in scorings], what)
         own = [scoring.own for scoring in scorings if scoring.own]
         return shared, wait_futures(own, f"{what} of isolated terms") if own else [[] for _ in scorings]
@@ -265,6 +281,14 @@ class RewardPool:
 
     def _active(self, task: str) -> list[str]:
         return [self._config.terms[k].name for k in active_terms(self._config, task)]
+
+    def compare(self, task: str, first: Any, second: Any) -> Work:
+        """Submits two policies' evaluation groups of the same records by reference."""
+        return self.crew.ask(lambda a: a.compare.remote(task, first, second))
+
+    def compared(self, works: Sequence[Work], what: str) -> list[Verdict | OmniAlphaError]:
+        """Waits for comparisons, in the records' order; raises as :meth:`scores`."""
+        return [verdict for verdicts in self.crew.wait(works, what + self._asked) for verdict in verdicts]
 
     def store(self, path: Path, step: int, names: Sequence[str], pixels: Sequence[Any]) -> Work:
         """Stores groups by reference."""

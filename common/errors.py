@@ -45,6 +45,11 @@ class DeadlineError(ClusterError, TimeoutError):
     """A named wait that ran past its deadline."""
 
 
+class UnansweredError(DeadlineError):
+    """A judge that said nothing for as long as a run waits: the end of the run, where other failures of a scorer are
+    missing scores."""
+
+
 class ActorError(ClusterError):
     """An actor died or raised something nobody expected."""
 

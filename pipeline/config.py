@@ -135,13 +135,6 @@ class RunConfig(StrictConfig):
                 "judging: no reward term asks; add {name: judge, tasks: [text_to_rgba]} to rewards.terms, or leave "
                 "judging out"
             )
-        if self.judging and self.judging.missing == "fail":
-            for term in served:
-                if term.params.get("protocol") == "grid":
-                    raise ValueError(
-                        f"judging.missing: fail cannot be with protocol grid of term {term.name!r}, which has no score "
-                        "for the single samples of the evaluation; choose wait, or pointwise"
-                    )
         return self
 
     @property
@@ -180,7 +173,9 @@ class RunConfig(StrictConfig):
             for key in ("runtime_env", "optimises"):
                 if term[key] is None:
                     del term[key]
-        return values | ({"judging": {"model": self.judging.model}} if self.judging else {})  # not where, or how fast
+        if self.judging:  # not where, or how fast
+            values["judging"] = {"model": self.judging.model} | ({} if self.judging.compare else {"compare": False})
+        return values
 
     def identity_hash(self) -> str:
         """Short hash of :meth:`identity`, recorded in every commit."""

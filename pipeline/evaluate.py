@@ -16,6 +16,8 @@ from common.commit import begin, commit, storage_errors
 from common.events import finite, read_events
 from data.records import Record
 from pipeline.config import RunConfig
+from pipeline.duels import duels
+from pipeline.duels import lines as duel_lines
 from pipeline.measure import HeldOut, measure, quantity
 from pipeline.report_data import lineage
 from pipeline.run import Run
@@ -42,6 +44,8 @@ def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
         log.info("eval %s: %d records", name, len(measured[name]))
         run.stop_here("evaluate")
     results_json = summarise(config, held.records, measured) | {"training": training_time(run.events.path)}
+    if found := duels(config, rewards, held, pixels):
+        results_json["duels"] = found
     final = run.final("evaluate")
     temporary = begin(final)
     pictures = []
@@ -201,4 +205,5 @@ def render_table(results: dict[str, Any]) -> str:
     took = [f"{TITLES[s]} {t['seconds']:.0f} s ({t['steps']} steps)" for s, t in results.get("training", {}).items()]
     lines += ["", *(f"- {line}" for line in primary)] if primary else []
     lines += ["", f"training steps took: {', '.join(took)}"] if took else []
+    lines += duel_lines(results.get("duels", ()), TITLES)
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """HTML pieces that every part of the report uses. Whatever comes from a run goes through :func:`text`."""
 
 import base64
+import math
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -30,6 +31,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], kinds: str, cla
     body = "".join(f"<tr>{''.join(cell(k, v) for k, v in zip(kinds, row, strict=True))}</tr>" for row in rows)
     whole = f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll"><table class="{classes}">{whole}</table></div>'
+
+
+def interval(numbers: Sequence[float | None] | None) -> str:
+    """(mean, low, high) as ``mean [low, high]``, – where there is none."""
+    mean, *ends = numbers or (None,)
+    if mean is None:
+        return "–"
+    known = [end for end in ends if end is not None and math.isfinite(end)]
+    return f"{mean:.3f} [{known[0]:.3f}, {known[1]:.3f}]" if len(known) == 2 else f"{mean:.3f}"
 
 
 def image(png: bytes) -> str:

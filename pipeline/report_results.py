@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.report_charts import interval_bar
 from pipeline.report_data import RunData
-from pipeline.report_html import text
+from pipeline.report_html import interval, table, text
 from rewards.metrics import clearly
 
 OVERALL = "all RL tasks"
@@ -93,7 +93,40 @@ def results(runs: Sequence[RunData]) -> str:
         f"{'Bars are scaled per quantity. ' if bars else ''}A click on a heading sorts, a third one restores the "
         f'order.</p>{_training(done)}<div class="scroll"><table class="results grouped {"" if bars else "side"}">'
         f"<thead>{groups}<tr>{heads}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
+        f"<tbody>{body}</tbody></table></div>" + "".join(_duels(run, len(done) > 1) for run in done)
+    )
+
+
+def _duels(run: RunData, named: bool) -> str:
+    """The judge's comparisons of the policies, and the pairs that it was least sure of."""
+    found = (run.results or {}).get("duels")
+    if not found:
+        return ""
+    words = {"sft": "SFT", "continued": "SFT continued"}
+    columns = ("win", "tie", "loss", "preference", "position_bias")
+    rows = [
+        (
+            entry["task"],
+            words.get(entry["against"], entry["against"]),
+            *(interval(entry.get(name)) for name in columns),
+            entry["n"],
+            sum(entry["missing"].values()),
+        )
+        for entry in found
+    ]
+    unsure = [
+        (entry["task"], words.get(entry["against"], entry["against"]), pair["prompt"], f"{pair['preference']:+.3f}")
+        for entry in found
+        for pair in entry.get("least_sure", ())
+    ]
+    head = ("task", "against", "GRPO wins", "tie", "loses", "preference", "position bias", "n", "missing")
+    return (
+        f"<h3>{text(run.name) + ': ' if named else ''}The judge's comparisons</h3>"
+        "<p>GRPO's samples beside another policy's for the same records, each pair shown in both orders; a pair whose "
+        "orders contradict each other is a tie. Preference is −1 to 1, and so is the judge's for the first place.</p>"
+        + table(head, rows, "ttnnnnnnn")
+        + "<p>The pairs that it was least sure of:</p>"
+        + table(("task", "against", "prompt", "preference for GRPO"), unsure, "tttn")
     )
 
 

@@ -189,7 +189,7 @@ class Actors:
         terms = self._config.rewards
         if not self.judge:
             return terms
-        asker = self.judge.asker()
+        asker = self.judge.asker(self._config.cluster.deadline_s)
         check_templates(terms, asker)
         return with_judge(terms, asker)
 

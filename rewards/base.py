@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import ConfigError, RewardError
+from common.errors import ConfigError, RewardError, UnansweredError
 from data.tasks import get_task
 from policy.group import GroupPixels
 
@@ -188,6 +188,7 @@ def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:
 
     Raises:
         RewardError: the object is not a scorer (:func:`scorer_needs`); nothing that a scorer does while scoring.
+        UnansweredError: a judge said nothing for as long as the run waits for it.
     """
     present = {"targets": batch.targets_LCHW is not None, "inputs": bool(batch.inputs), "prompt": bool(batch.prompt)}
     if unmet := sorted(need for need in scorer_needs(scorer) if not present[need]):
@@ -197,6 +198,8 @@ def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:
     try:
         with torch.no_grad():
             returned = _entry(scorer)(batch)
+    except UnansweredError:
+        raise
     except Exception as error:  # a plug-in may raise anything, and none of it may cost the group its other terms
         return missing_scores(name, batch.members, _describe(error), time.perf_counter() - began)
     seconds = time.perf_counter() - began

@@ -25,7 +25,8 @@ Misbehaviour = Callable[["Handler"], None]
 
 
 class OpenAIServer(ThreadingHTTPServer):
-    """Each character is a token. The answer to every question is the last label, with the probability :attr:`likes`."""
+    """Each character is a token. The answer to every question is the last label, with the probability :attr:`likes`,
+    where that does not give a probability for each label."""
 
     daemon_threads = True
 
@@ -34,8 +35,8 @@ class OpenAIServer(ThreadingHTTPServer):
         self.model, self.key = model, key
         self.script: list[Misbehaviour | None] = []
         """What is done to the next questions instead of answering them (None: nothing); emptied from the front."""
-        self.likes: Callable[[dict[str, Any]], float] = lambda body: 0.7
-        """Probability of the last label, by the question's body."""
+        self.likes: Callable[[dict[str, Any]], float | list[float]] = lambda body: 0.7
+        """Probability of the last label, or of every label, by the question's body."""
         self.asked: list[dict[str, Any]] = []
         """Bodies of all questions, also of those that were not answered."""
         self.most_at_once = self.at_once = 0
@@ -80,8 +81,8 @@ class Handler(BaseHTTPRequestHandler):
             if misbehave:
                 misbehave(self)
             else:
-                last = server.likes(body)
-                self.reply(answer(body["allowed_token_ids"], last, rest=1 - last))
+                likes, ids = server.likes(body), body["allowed_token_ids"]
+                self.reply(told(ids, likes) if isinstance(likes, list) else answer(ids, likes, rest=1 - likes))
         finally:
             with server.lock:
                 server.at_once -= 1
@@ -104,7 +105,11 @@ class Handler(BaseHTTPRequestHandler):
 
 def answer(ids: list[int], last: float = 0.7, rest: float = 0.3) -> dict[str, Any]:
     """A reply in which the last label has probability ``last`` and the others share ``rest``."""
-    shares = [rest / max(1, len(ids) - 1)] * (len(ids) - 1) + [last]
+    return told(ids, [rest / max(1, len(ids) - 1)] * (len(ids) - 1) + [last])
+
+
+def told(ids: list[int], shares: list[float]) -> dict[str, Any]:
+    """A reply with the probability of every label."""
     tops = [
         {"token": f"token_id:{k}", "logprob": math.log(share) if share > 0 else -9999.0}
         for k, share in zip(ids, shares, strict=True)
@@ -112,14 +117,25 @@ def answer(ids: list[int], last: float = 0.7, rest: float = 0.3) -> dict[str, An
     return {"choices": [{"logprobs": {"content": [{"top_logprobs": tops}]}}]}
 
 
-def brightness(body: dict[str, Any]) -> float:
-    """Mean of the first picture of a question, 0 to 1."""
-    data = body["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
+def brightness(body: dict[str, Any], place: int = 0) -> float:
+    """Mean of one picture of a question, 0 to 1."""
+    data = body["messages"][0]["content"][place]["image_url"]["url"].partition(",")[2]
     picture = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
     return sum(ImageStat.Stat(picture).mean) / (3 * 255)
 
 
-def mortal(server: OpenAIServer, lives: str) -> Callable[[dict[str, Any]], float]:
+def brighter(first_place: float = 0.0) -> Callable[[dict[str, Any]], list[float]]:
+    """A taste for the brighter one of two pictures, and ``first_place`` more for the first; 0.1 of it for neither."""
+
+    def likes(body: dict[str, Any]) -> list[float]:
+        odds = 8 * (brightness(body, 0) - brightness(body, 1)) + first_place
+        first = 0.9 / (1 + math.exp(-odds))
+        return [first, 0.9 - first, 0.1]
+
+    return likes
+
+
+def mortal(server: OpenAIServer, lives: str) -> Callable[[dict[str, Any]], float | list[float]]:
     """:func:`brightness`, until in one of the first three lives the third question comes."""
     with open(lives, "a") as file:
         file.write("x")

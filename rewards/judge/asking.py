@@ -7,7 +7,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from common.errors import OmniAlphaError, RewardError
+from common.errors import OmniAlphaError, RewardError, UnansweredError
 
 Answer = Mapping[str, float] | OmniAlphaError
 """Probability of each label, or why there is none."""
@@ -39,11 +39,17 @@ class Asker(Protocol):
 
 
 def ask_all(asker: Asker, questions: Sequence[Question]) -> list[Answer]:
-    """An answer, or the reason why there is none, for each question, in their order."""
+    """An answer, or the reason why there is none, for each question, in their order.
+
+    Raises:
+        UnansweredError: the judge said nothing for as long as a run waits.
+    """
 
     def answer(question: Question) -> Answer:
         try:
             return checked(asker.ask(question.text, question.images, question.labels), question.labels)
+        except UnansweredError:
+            raise
         except OmniAlphaError as error:
             return error
 

@@ -24,6 +24,7 @@ from common.errors import ConfigError, RewardError
 from rewards.judge.asking import checked
 from rewards.judge.exchange import Endpoint, Rejected, Unavailable, WrongAnswer, exchange
 from rewards.judge.resilience import AnswerCache, Breaker, content_key, pause_s
+from rewards.judge.silence import Silence
 
 log = logging.getLogger("omnialpha")
 
@@ -45,8 +46,8 @@ class JudgeClientConfig(StrictConfig):
     """Longest wait for one reply; then the question is sent again."""
     patience_s: float = Field(600.0, ge=0)
     """How long a question waits for a server that is busy, restarts or does not answer, all attempts together; then
-    its score is missing. Where a restart fits in, a judge that dies loses no score; 0 waits for nothing. In a run with
-    ``judging.missing: wait`` there is no such limit."""
+    its score is missing. Where a restart fits in, a judge that dies loses no score; 0 waits for nothing. A run with
+    ``judging.missing: wait`` waits as long as the judge says anything at all."""
     attempts: int = Field(3, ge=1)
     """How often a question may get an answer that is none (garbage, no choice, no probability) before its score is
     missing."""
@@ -83,10 +84,25 @@ class JudgeClient:
     Safe to use from several threads. Pickled, it loses its cache and what it knows of the servers' state.
     """
 
-    def __init__(self, endpoints: Endpoints, config: JudgeClientConfig, name: str = "judge") -> None:
-        """``name``: what the judge is called in reports."""
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        config: JudgeClientConfig,
+        name: str = "judge",
+        ends_run_after_s: float | None = None,
+    ) -> None:
+        """
+        Args:
+            endpoints: where the model is served.
+            config: how it is asked.
+            name: what the judge is called in reports.
+            ends_run_after_s: waits for answers without regard to ``config.patience_s``, until the judge has said
+                nothing for so long; None lets scores be missing.
+        """
         self.name, self.concurrency = name, config.concurrency
-        self._endpoints, self._config = endpoints, config
+        self._endpoints, self._config, self._ends_run_after_s = endpoints, config, ends_run_after_s
+        self._patience = config.patience_s if ends_run_after_s is None else math.inf
+        self._silence = Silence(name, math.inf if ends_run_after_s is None else ends_run_after_s)
         self._cache = AnswerCache(config.cache)
         self._ids: dict[str, tuple[int, ...]] = {}
         self._servers: list[_Server] = []
@@ -95,7 +111,7 @@ class JudgeClient:
         self._places = threading.BoundedSemaphore(config.concurrency)
 
     def __reduce__(self) -> Any:
-        return JudgeClient, (self._endpoints, self._config, self.name)
+        return JudgeClient, (self._endpoints, self._config, self.name, self._ends_run_after_s)
 
     def ask(self, text: str, images: Sequence[Image.Image], labels: Sequence[str]) -> Mapping[str, float]:
         """Probability of each label as the answer's only token; they sum to 1.
@@ -108,6 +124,7 @@ class JudgeClient:
         Raises:
             ConfigError: a label is not a single token.
             RewardError: no answer can be had; says why.
+            UnansweredError: the judge said nothing for ``ends_run_after_s``.
         """
         key = content_key(text, images, labels)
         if (known := self._cache.get(key)) is not None:
@@ -177,28 +194,30 @@ class JudgeClient:
         Raises:
             RewardError: the question is refused, or attempts or patience are used up.
         """
-        with self._places:
-            until, failures, wrong, reason = time.monotonic() + self._config.patience_s, 0, 0, "no server is ready"
+        with self._places, self._silence.asking():
+            until, failures, wrong, reason = time.monotonic() + self._patience, 0, 0, "no server is ready"
             while True:
                 server, at_least = self._admitted(until, reason), 0.0
                 try:
-                    reply = exchange(
-                        server.endpoint, path, {"model": server.endpoint.model, **body}, self._config.deadline_s
-                    )
+                    deadline = min(self._config.deadline_s, max(REFRESH_S, self._silence.left_s()))
+                    reply = exchange(server.endpoint, path, {"model": server.endpoint.model, **body}, deadline)
                     value = read(reply)
                 except Rejected as error:
                     self._release(server, good=True)
+                    self._silence.heard()
                     kind = _Misplaced if error.status in (400, 422) else RewardError
                     raise kind(f"judge: the server at {server.endpoint.url} answered {error}") from None
                 except Unavailable as error:
-                    reason, at_least = str(error), error.after_s
+                    reason, at_least = f"{server.endpoint.url}: {error}", error.after_s
                 except WrongAnswer as error:
+                    self._silence.heard()
                     reason, wrong = str(error), wrong + 1
                 except BaseException:  # whatever it is, a probe must not stay out for ever
                     self._release(server, good=False)
                     raise
                 else:
                     self._release(server, good=True)
+                    self._silence.heard()
                     return value
                 self._release(server, good=False)
                 failures += 1
@@ -207,11 +226,9 @@ class JudgeClient:
                         f"the judge at {server.endpoint.url} gave {wrong} answers that are none, the last one: {reason}"
                         "; is it vLLM with --logprobs-mode processed_logprobs?"
                     )
-                log.debug("judge at %s: %s; asked again", server.endpoint.url, reason)
+                log.debug("judge: %s; asked again", reason)
                 pause = max(at_least, pause_s(failures, self._config.backoff_s, random.random()))
-                if time.monotonic() + pause > until:
-                    raise self._out_of_patience(reason)
-                time.sleep(pause)
+                self._pause(pause, until, reason)
 
     def _admitted(self, until: float, reason: str) -> _Server:
         """The server to ask, counted as busy: one that does not fail if there is one, with the fewest questions."""
@@ -224,10 +241,14 @@ class JudgeClient:
                         server.busy += 1
                         return server
                 pauses = [server.breaker.left_s(now) or REFRESH_S for server in self._servers]
-            pause = min([*pauses, REFRESH_S])
-            if now + pause > until:
-                raise self._out_of_patience(reason)
-            time.sleep(pause)
+            self._pause(min([*pauses, REFRESH_S]), until, reason)
+
+    def _pause(self, seconds: float, until: float, reason: str) -> None:
+        self._silence.failed(reason)
+        self._silence.check(seconds)
+        if time.monotonic() + seconds > until:
+            raise self._out_of_patience(reason)
+        time.sleep(seconds)
 
     def _look(self) -> None:
         """Asks where the servers are, now and then, and at once after a failure: a restart may have moved one."""

@@ -1,10 +1,11 @@
 """Three ways of asking a judge about a group: rate each, show all, compare two."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 
 from common.errors import OmniAlphaError, RewardError
 from data.seeding import seed_for
@@ -121,7 +122,30 @@ def compare(
     asker: Asker, templates: Templates, batch: RewardBatch, pairs: Sequence[tuple[int, int]]
 ) -> list[Verdict | OmniAlphaError]:
     """Pairs of members, each compared in both orders; a pair that lacks an answer has its reason."""
-    asked = [question(templates, "pairwise", batch, order) for a, b in pairs for order in ((a, b), (b, a))]
+    return _verdicts(asker, templates, [(batch, pair) for pair in pairs])
+
+
+def versus(
+    asker: Asker, templates: Templates, first: Sequence[RewardBatch], second: Sequence[RewardBatch]
+) -> list[Verdict | OmniAlphaError]:
+    """The first members of each two batches of one record, compared in both orders; as :func:`compare`.
+
+    Raises:
+        RewardError: the batches are not of the same records.
+    """
+    shown = []
+    for one, other in zip(first, second, strict=True):
+        if (one.group, one.task, one.prompt) != (other.group, other.task, other.prompt):
+            raise RewardError(f"compared samples must be of one record, not of {one.group!r} and {other.group!r}")
+        layers = torch.cat([one.layers_GLCHW[:1], other.layers_GLCHW[:1]])
+        shown.append((replace(one, layers_GLCHW=layers), (0, 1)))
+    return _verdicts(asker, templates, shown)
+
+
+def _verdicts(
+    asker: Asker, templates: Templates, shown: Sequence[tuple[RewardBatch, tuple[int, int]]]
+) -> list[Verdict | OmniAlphaError]:
+    asked = [question(templates, "pairwise", batch, order) for batch, (a, b) in shown for order in ((a, b), (b, a))]
     answers = ask_all(asker, asked)
     return [_verdict(one, other) for one, other in zip(answers[::2], answers[1::2], strict=True)]
 

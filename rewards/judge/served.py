@@ -1,6 +1,6 @@
 """The reward terms that ask the run's judge (``judging`` in its configuration) instead of a model of their own."""
 
-from rewards.combine import RewardConfig, TermConfig
+from rewards.combine import RewardConfig, TermConfig, active_terms
 from rewards.judge.client import JudgeClient
 from rewards.judge.templates import load_templates
 
@@ -16,6 +16,11 @@ def is_served(term: TermConfig) -> bool:
 def served_terms(config: RewardConfig) -> list[TermConfig]:
     """The terms that ask the run's judge."""
     return [term for term in config.terms if is_served(term)]
+
+
+def judging_term(config: RewardConfig, task: str) -> TermConfig | None:
+    """The first term by which the run's judge looks at a task, of whatever weight."""
+    return next((term for k in active_terms(config, task) if is_served(term := config.terms[k])), None)
 
 
 def check_templates(config: RewardConfig, asker: JudgeClient) -> None:

@@ -1,13 +1,14 @@
 """The judge as a reward term."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from common.errors import ConfigError
+from common.errors import ConfigError, OmniAlphaError
 from rewards.base import RewardBatch, register
 from rewards.judge.asking import Asker
 from rewards.judge.client import JudgeClient
-from rewards.judge.protocols import Score, grid, pointwise
+from rewards.judge.protocols import Score, Verdict, grid, pointwise, versus
 from rewards.judge.served import TEMPLATES
 from rewards.judge.templates import Templates, load_templates
 
@@ -32,7 +33,8 @@ class JudgeScorer:
         Args:
             asker: whoever answers; that its labels are single tokens was checked.
             templates: what is asked.
-            protocol: ``pointwise`` rates members one by one, ``grid`` shows the whole group.
+            protocol: ``pointwise`` rates members one by one, ``grid`` shows the whole group. A group of one, as the
+                evaluation and the gaming watch have them, is rated pointwise either way.
             seed: of the grid's orders.
             orders: shuffled orders in which a grid is asked.
 
@@ -48,9 +50,13 @@ class JudgeScorer:
 
     def score(self, batch: RewardBatch) -> list[Score]:
         """Scores (G,): pointwise in [0, 1], of a grid log-probabilities. A missing one is its reason."""
-        if self._protocol == "pointwise":
+        if self._protocol == "pointwise" or batch.members == 1:
             return pointwise(self._asker, self._templates, batch)
         return grid(self._asker, self._templates, batch, self._seed, self._orders)
+
+    def compare(self, first: Sequence[RewardBatch], second: Sequence[RewardBatch]) -> list[Verdict | OmniAlphaError]:
+        """Samples of two policies for the same records, two and two in both orders; raises as :func:`versus`."""
+        return versus(self._asker, self._templates, first, second)
 
 
 @register("judge")
@@ -83,7 +89,8 @@ class Judge(JudgeScorer):
                 "judge: nobody to ask; give params.folder, a model's folder, or say in the run's judging who serves one"
             )
         super().__init__(judge, asked, protocol, seed, orders)
-        self.describes = f"{judge.name}, {protocol}, templates {asked.folder.name}"
+        how = "grid (single samples pointwise)" if protocol == "grid" else protocol
+        self.describes = f"{judge.name}, {how}, templates {asked.folder.name}"
 
 
 def _judge_of(folder: Path, asked: Templates) -> "ModelJudge":

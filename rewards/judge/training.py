@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +129,30 @@ class JudgeProgram:
         truth_T2 = places_I2SS.flatten(2).transpose(1, 2).flatten(0, 1)
         return (guessed_T2 - truth_T2).square().mean() / 0.03
 
+    def _whole(self) -> Any:
+        """A model like the trained one, with weights of its own. It is no copy: under ZeRO 3 a rank's module holds only
+        its share."""
+        if self._config.model is None:
+            with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
+                return type(self.module.vlm)(self.module.vlm.config)
+        vlm = load_model(self._config.model)
+        if self._config.lora:
+            add_lora(vlm, self._config.lora, 0)  # its values come with the weights
+        return vlm
+
     def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """Writes a model folder that ``transformers`` and vLLM load: bfloat16, an adapter merged."""
-        module = deepcopy(self.module)
-        module.load_state_dict(weights, strict=self._config.lora is None)
+        vlm = self._whole()
+        trained = {name.removeprefix("vlm."): value for name, value in weights.items() if name.startswith("vlm.")}
+        if absent := {name for name, p in vlm.named_parameters() if p.requires_grad} - trained.keys():
+            raise ValueError(f"weights to export lack {sorted(absent)}")
+        # By name and not strictly: gathered under ZeRO 3, weights name tied parameters once, and buffers that no file
+        # has.
+        vlm.load_state_dict({name: trained[name] for name in vlm.state_dict() if name in trained}, strict=False)
         if self._config.lora:
-            merge(module.vlm)
+            merge(vlm)
         folder.mkdir(parents=True, exist_ok=True)
-        module.vlm.to(torch.bfloat16).save_pretrained(folder)
+        vlm.to(torch.bfloat16).save_pretrained(folder)
         if self._config.model is None:
             save_processing(self._reader.tokenizer, folder)
             return

@@ -1,13 +1,14 @@
 """GRPO on text-to-RGBA with a judge behind HTTP, on real actors and learner ranks; what stands where vLLM would is
 tests/openai_server.py."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from common.errors import ConfigError, DeadlineError, RewardError
+from common.errors import ConfigError, DeadlineError, RewardError, UnansweredError
 from common.events import group_balance, read_events
 from pipeline.config import load_config
 from pipeline.stages import run_stages
@@ -31,7 +32,7 @@ def policy(tmp_path_factory):
 def train(tmp_path, policy, real_dataset):
     """Runs GRPO with a ``judging`` section; gives the run's folder."""
 
-    def run(judging: dict, params: dict | None = None) -> Path:
+    def run(judging: dict, params: dict | None = None, stages: tuple[str, ...] = ("grpo",), **cluster) -> Path:
         grpo = {"steps": STEPS, "prompts": PROMPTS, "group": MEMBERS, "start": str(policy), "watch": {"every": 0}}
         settings = {
             "base": "tiny",
@@ -39,7 +40,8 @@ def train(tmp_path, policy, real_dataset):
             "run_dir": str(tmp_path / "run"),
             "dataset": str(real_dataset),
             "tracking": {"wandb": "disabled"},
-            "cluster": {"cpus": 2, "object_store_mib": 128, "learner": {"actors": 1}, "rollout": {"actors": 1}},
+            "cluster": {"cpus": 2, "object_store_mib": 128, "learner": {"actors": 1}, "rollout": {"actors": 1}}
+            | cluster,
             "grpo": grpo | {"tasks": {"text_to_rgba": 1, **dict.fromkeys(OTHER_TASKS, 0)}},
             "rewards": {
                 "terms": [
@@ -49,7 +51,7 @@ def train(tmp_path, policy, real_dataset):
             "judging": judging,
         }
         (tmp_path / "judged.yaml").write_text(yaml.safe_dump(settings))
-        run_stages(load_config(str(tmp_path / "judged.yaml")), ("grpo",))
+        run_stages(load_config(str(tmp_path / "judged.yaml")), stages)
         return tmp_path / "run"
 
     return run
@@ -119,6 +121,26 @@ def test_with_fail_a_judge_that_does_not_answer_ends_the_run_with_one_message(tr
     assert "\n" not in message
     balance = group_balance(read_events(tmp_path / "run" / "events.jsonl"))
     assert balance == {"launched": PROMPTS, "in_flight": PROMPTS}
+
+
+def test_a_judge_that_falls_silent_under_wait_ends_the_run_by_its_name(train, tmp_path):
+    with serving() as server:
+        server.script = [None, *[status(503)] * 9999]
+        with pytest.raises(UnansweredError, match=r"the judge judge has answered nothing for .* status 503"):
+            train({"external": {"url": server.url, "model": "judge"}, "missing": "wait"}, deadline_s=90.0)
+
+
+def test_the_evaluation_rates_single_samples_of_a_grid_and_compares_the_policies(train):
+    with serving() as server:
+        server.likes = lambda body: 0.7 if len(body["messages"][0]["content"]) > 3 else brightness(body)
+        external = {"url": server.url, "model": "judge"}
+        run = train({"external": external}, {"protocol": "grid"}, stages=("grpo", "evaluate"))
+    results = json.loads((run / "evaluate" / "final" / "results.json").read_text())
+    (rated,) = (r for r in results["rows"] if (r["task"], r["quantity"]) == ("text_to_rgba", "term/judge"))
+    assert 0 < rated["sft"] < 1
+    (duel,) = results["duels"]
+    assert (duel["task"], duel["against"], duel["n"]) == ("text_to_rgba", "sft", rated["n"])
+    assert "the judge's comparisons" in (run / "evaluate" / "final" / "table.md").read_text()
 
 
 def launched(run: Path) -> list[dict]:

@@ -82,7 +82,6 @@ def test_a_run_belongs_to_the_judges_model_and_not_to_where_and_how_it_is_served
         ({}, {}, ["judging: give either server", "or external"]),
         (SERVER | EXTERNAL, {}, ["judging: give either server", "or external"]),
         (SERVER | {"missing": "ignore"}, {}, ["judging.missing", "'drop', 'wait' or 'fail'"]),
-        (SERVER | {"missing": "fail"}, {"params": {"protocol": "grid"}}, ["judging.missing: fail", "choose wait"]),
         (SERVER | {"clinet": {}}, {}, ["judging.clinet", "did you mean 'client'?"]),
         ({"server": {"model": "m", "tensor_paralel": 2}}, {}, ["did you mean 'tensor_parallel'?"]),
         ({"external": {"url": "http://me:secret@host", "model": "m"}}, {}, ["a key belongs in key_env's variable"]),

@@ -137,7 +137,7 @@ def test_the_term_scores_a_group_of_a_task_without_truth(folder, real_dataset):
         scores = run_scorer("judge", term, batch)
         assert scores.reasons == (None,) * 4
         assert len(set(scores.values_G.tolist())) == 4
-    assert term.describes == "model, grid, templates small"
+    assert term.describes == "model, grid (single samples pointwise), templates small"
 
 
 def test_a_label_that_this_judge_splits_is_refused_when_the_term_is_built(folder, tmp_path):

@@ -132,6 +132,13 @@ def test_one_question_without_an_answer_costs_one_member_its_score(templates, ba
     assert np.isfinite(scores.values_G[[0, 1, 3]]).all()
 
 
+def test_a_single_sample_of_a_grids_term_is_rated_pointwise(templates, batch):
+    single = type(batch)(**{**vars(batch), "layers_GLCHW": batch.layers_GLCHW[2:3]})
+    scores = run_scorer("judge", JudgeScorer(AlphaLover(), templates, "grid"), single)
+    assert scores.reasons == (None,)
+    assert scores.values_G[0] == pytest.approx(pointwise(AlphaLover(), templates, batch)[2])
+
+
 def test_a_grid_without_an_answer_costs_the_group_its_scores(templates, batch):
     scores = run_scorer("judge", JudgeScorer(AlphaLover(broken=(0.1, 0.3, 0.5, 0.9)), templates, "grid"), batch)
     assert scores.reasons == ("the server answered 503",) * 4
