@@ -95,16 +95,18 @@ class VaeStageConfig(BatchedConfig):
     network: VaeConfig = VaeConfig()
     """Size of the network."""
     start: Path | None = None
-    """Policy folder whose VAE is taken as it is; the stage then only encodes the training split."""
-    train_decoder: bool = False
-    """Whether the decoder of ``start`` is trained on. Its encoder stays, and with it all that knows its latents."""
+    """Policy folder whose VAE is taken instead of a fresh one."""
+    train: Literal["nothing", "decoder", "all"] = "nothing"
+    """What of the VAE of ``start`` trains on; a fresh one always trains whole. With ``nothing`` the stage only encodes
+    the training split; with ``decoder`` the encoder stays, and with it all that knows its latents; ``all`` aligns a VAE
+    that `omnialpha vae-convert` made opaque, and ``loss.reference`` keeps its latents near those it started from."""
     loss: VaeLossConfig = VaeLossConfig()
     """Loss weights."""
 
     @model_validator(mode="after")
     def _loss_fits(self) -> "VaeStageConfig":
-        if self.train_decoder and self.start is None:
-            raise ValueError("train_decoder trains the decoder of a policy: name its folder in vae.start")
+        if self.train != "nothing" and self.start is None:
+            raise ValueError("train says what of an earlier VAE trains on: name its folder in vae.start")
         _check_vae_loss(self.loss, self.zero_stage)
         return self
 

@@ -18,7 +18,7 @@ from policy.folder import load_vae, save_vae
 from policy.programs import Batch, make_sft_program
 from policy.rl import Start
 from policy.vae import set_latent_statistics
-from policy.vae_program import make_decoder_program, make_rgb_program, make_vae_program
+from policy.vae_program import make_rgb_program, make_started_program, make_vae_program
 from rewards.judge.training import make_judge_program
 
 log = logging.getLogger("omnialpha")
@@ -38,9 +38,10 @@ def run_rgb(run: Run, learner: LearnerGroup) -> None:
 
 def run_vae(run: Run, learner: LearnerGroup) -> None:
     """Trains the VAE, measures its latents and encodes the training split."""
-    config, dataset, start = run.config, run.config.dataset_folder, run.config.vae.start
-    if start and config.vae.train_decoder:
-        make = functools.partial(make_decoder_program, config.vae.loss, dataset, config.seed, start)
+    config, dataset = run.config, run.config.dataset_folder
+    start, part = config.vae.start, config.vae.train
+    if start and part != "nothing":
+        make = functools.partial(make_started_program, config.vae.loss, dataset, config.seed, start, part)
         progress = _train(run, "vae", config.vae, learner, make)
     elif start:
         progress = Progress(run, "vae", 0, 1)
@@ -50,7 +51,7 @@ def run_vae(run: Run, learner: LearnerGroup) -> None:
         progress = _train(run, "vae", config.vae, learner, make)
 
     def write(folder: Path) -> None:
-        if start and not config.vae.train_decoder:
+        if start and part == "nothing":
             save_vae(folder / "model", load_vae(start))
         else:
             learner.export(folder / "model")

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from pydantic import Field
 
 from common.config import StrictConfig
@@ -126,12 +127,27 @@ def latent_channels(vae: ImageVae) -> int:
     return int(vae.config.z_dim if isinstance(vae, AutoencoderKLQwenImage) else vae.config.latent_channels)
 
 
+def posterior(vae: ImageVae, pixels_BCHW: torch.Tensor) -> DiagonalGaussianDistribution:
+    """Images in [−1, 1] → raw posterior of the latents (B, C, H/f, W/f), as the VAE has them."""
+    if isinstance(vae, AutoencoderKLQwenImage):
+        return DiagonalGaussianDistribution(vae.encode(pixels_BCHW[:, :, None]).latent_dist.parameters[:, :, 0])
+    return vae.encode(pixels_BCHW).latent_dist
+
+
 def posterior_means(vae: ImageVae, layers_BCHW: torch.Tensor) -> torch.Tensor:
     """Images in [0, 1] → raw posterior means (B, C, H/f, W/f), as the VAE has them."""
-    pixels = layers_BCHW * 2 - 1
-    if isinstance(vae, AutoencoderKLQwenImage):
-        return vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0]
-    return vae.encode(pixels).latent_dist.mean
+    return posterior(vae, layers_BCHW * 2 - 1).mean
+
+
+def reconstruction(vae: ImageVae, latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """Raw latents → images (B, C, H, W) around [−1, 1], not clamped.
+
+    ``AutoencoderKLQwenImage.decode`` clamps, and what lies beyond a clamp has no gradient: an alpha above 1, which is
+    where opaque initialisation puts it all, could never fall.
+    """
+    if isinstance(vae, AutoencoderKLQwenImage):  # without its memory of earlier frames, as an image has none
+        return vae.decoder(vae.post_quant_conv(latents_BCHW[:, :, None]))[:, :, 0]
+    return vae.decode(latents_BCHW).sample
 
 
 class LatentCodec:

@@ -9,15 +9,15 @@ import itertools
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from pydantic import Field
 
 from common.config import StrictConfig
+from common.errors import CheckpointError
 from data.records import RecordDataset
 from data.rgba import blend
 from data.seeding import seed_for
@@ -25,13 +25,18 @@ from policy.folder import load_vae, save_vae
 from policy.objectives import alpha_blend_mse, gaussian_kl, gaussian_kl_between
 from policy.perceptual import Network, PerceptualDistance
 from policy.programs import Batch, MicroLoss
-from policy.vae import VaeConfig, build_vae, opaque
+from policy.vae import ImageVae, VaeConfig, build_vae, image_channels, opaque, posterior, reconstruction
 
 CRITIC = "critic."
 """Where the discriminator's weights begin in the trained module's names."""
 
 ENCODING = ("encoder.", "quant_conv.")
 """Where the names of a VAE's weights begin that decide its latents."""
+
+OF_MOTION = ".time_conv."
+"""In the names of a video VAE's weights that only a second frame reaches: images give them no gradient."""
+
+TrainedPart = Literal["decoder", "all"]
 
 MOST_ADAPTIVE = 1e4
 """Bound of the adversarial term's adaptive weight, as in VQGAN's code."""
@@ -102,18 +107,18 @@ class VaeOutput(NamedTuple):
 class VaeForward(torch.nn.Module):
     """Encoder, decoder and discriminator in one forward pass, as an engine wants it."""
 
-    def __init__(self, vae: AutoencoderKL, critic: PatchCritic | None = None) -> None:
+    def __init__(self, vae: ImageVae, critic: PatchCritic | None = None) -> None:
         super().__init__()
         self.vae, self.critic = vae, critic
 
     def forward(self, pixels_BCHW: torch.Tensor, noise_seed: int, encode_NCHW: torch.Tensor | None = None) -> VaeOutput:
         """Reconstruction and posterior of the pixels in [−1, 1], and the posterior of ``encode_NCHW``."""
-        posterior = self.vae.encode(pixels_BCHW).latent_dist
+        latents = posterior(self.vae, pixels_BCHW)
         generator = torch.Generator().manual_seed(noise_seed)
-        noise = torch.randn(posterior.mean.shape, generator=generator)
-        output = self.vae.decode(posterior.mean + posterior.std * noise).sample
-        also = None if encode_NCHW is None else self.vae.encode(encode_NCHW).latent_dist.parameters
-        found = (output.float(), posterior.mean.float(), posterior.logvar.float(), also)
+        noise = torch.randn(latents.mean.shape, generator=generator)
+        output = reconstruction(self.vae, latents.mean + latents.std * noise)
+        also = None if encode_NCHW is None else posterior(self.vae, encode_NCHW).parameters
+        found = (output.float(), latents.mean.float(), latents.logvar.float(), also)
         if self.critic is None:
             return VaeOutput(*found)
         colour = torch.rand(len(pixels_BCHW), 3, 1, 1, generator=generator)
@@ -130,22 +135,31 @@ class VaeProgram:
     its encoder frozen, latents and what was trained on them stay valid."""
 
     def __init__(
-        self, vae: AutoencoderKL, config: VaeLossConfig, dataset: Path, seed: int, frozen_in: Path | None = None
+        self,
+        vae: ImageVae,
+        config: VaeLossConfig,
+        dataset: Path,
+        seed: int,
+        start: Path | None = None,
+        part: TrainedPart = "all",
     ) -> None:
-        """A program for ``vae``; with ``frozen_in``, the folder that it was read from, for its decoder alone."""
+        """
+        Args:
+            start: the folder that ``vae`` was read from; what does not train is exported as it is there.
+        """
         critic = None
-        self._frozen_in = frozen_in
-        if frozen_in:
-            for name, parameter in vae.named_parameters():
-                parameter.requires_grad_(not name.startswith(ENCODING))
+        self._start = start
+        for name, parameter in vae.named_parameters():
+            frozen = OF_MOTION in name or (part == "decoder" and name.startswith(ENCODING))
+            parameter.requires_grad_(not frozen)
         if config.adversarial:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_for(seed, "critic weights"))
                 critic = PatchCritic()
         self.module = VaeForward(vae, critic)
-        self._config, self._seed, self._rgb = config, seed, vae.config.in_channels == 3
+        self._config, self._seed, self._rgb = config, seed, image_channels(vae) == 3
         self._data = RecordDataset(dataset, "train")
-        self._reference = deepcopy(vae.encoder).requires_grad_(False).eval() if config.reference else None
+        self._reference = _encoder_of(vae) if config.reference else None
         self._distance = PerceptualDistance(config.network, config.weights) if config.perceptual else None
 
     def micro_batches(self, payload: Batch, extra: None = None) -> Sequence[Batch]:
@@ -168,7 +182,7 @@ class VaeProgram:
         if self._reference is not None and blends is not None:
             assert found.also is not None
             with torch.no_grad():
-                reference = self._reference(blends)
+                reference = posterior(self._reference, blends).parameters
             parts["reference"] = gaussian_kl_between(found.also.float(), reference.float())
         if self._distance is not None:
             shown, truth = ((self._blends(image)[:, :3] + 1) / 2 for image in (output, pixels))
@@ -187,10 +201,9 @@ class VaeProgram:
 
     def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         # What is frozen is not among the weights, and under ZeRO 3 not whole in the module either.
-        module = VaeForward(load_vae(self._frozen_in) if self._frozen_in else deepcopy(self.module.vae))
+        module = VaeForward(load_vae(self._start) if self._start else deepcopy(self.module.vae))
         trained = {name: value for name, value in weights.items() if not name.startswith(CRITIC)}
-        frozen = {f"vae.{name}": value for name, value in module.vae.state_dict().items() if name.startswith(ENCODING)}
-        module.load_state_dict({**frozen, **trained} if self._frozen_in else trained)
+        module.load_state_dict({**module.state_dict(), **trained} if self._start else trained)
         save_vae(folder, module.vae)
 
     def _pixels(self, micro: Batch) -> tuple[torch.Tensor, int]:
@@ -233,15 +246,31 @@ def make_vae_program(
     return VaeProgram(vae, config, dataset, seed)
 
 
-def make_decoder_program(config: VaeLossConfig, dataset: Path, seed: int, start: Path) -> VaeProgram:
-    """The VAE of the policy folder ``start``, of which the decoder trains on."""
-    return VaeProgram(load_vae(start), config, dataset, seed_for(seed, "decoder"), frozen_in=start)
+def make_started_program(config: VaeLossConfig, dataset: Path, seed: int, start: Path, part: TrainedPart) -> VaeProgram:
+    """The VAE of the folder ``start``, of which ``part`` trains on.
+
+    Raises:
+        CheckpointError: it is no RGBA VAE.
+    """
+    vae = load_vae(start)
+    if (channels := image_channels(vae)) != 4:
+        raise CheckpointError(
+            f"{start / 'vae'}: has {channels} image channels, layers need 4; convert it with `omnialpha vae-convert`"
+        )
+    return VaeProgram(vae, config, dataset, seed_for(seed, part), start, part)
 
 
 def make_rgb_program(network: VaeConfig, config: VaeLossConfig, dataset: Path, seed: int) -> VaeProgram:
     """A fresh 3-channel VAE and its objective."""
     vae = build_vae(network, seed_for(seed, "vae weights"), image_channels=3)
     return VaeProgram(vae, config, dataset, seed_for(seed, "rgb"))
+
+
+def _encoder_of(vae: ImageVae) -> ImageVae:
+    """A frozen copy that only encodes."""
+    copy = deepcopy(vae).requires_grad_(False).eval()
+    copy.decoder = torch.nn.Identity()  # encode() looks for convolutions in it
+    return copy
 
 
 def _on(pixels_BCHW: torch.Tensor, colour_B3: torch.Tensor) -> torch.Tensor:

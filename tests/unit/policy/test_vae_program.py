@@ -14,7 +14,7 @@ from policy.objectives import alpha_blend_mse
 from policy.perceptual import PerceptualDistance
 from policy.programs import Batch
 from policy.vae import build_vae
-from policy.vae_program import VaeLossConfig, VaeProgram, adaptive_weight, make_decoder_program
+from policy.vae_program import VaeLossConfig, VaeProgram, adaptive_weight, make_started_program
 
 
 def program(dataset, channels: int = 4, **weights) -> VaeProgram:
@@ -132,7 +132,7 @@ def test_an_adversarial_term_under_zero_3_is_refused():
 
 def test_training_the_decoder_alone_leaves_every_latent_as_it_was(real_dataset, tmp_path):
     save_vae(tmp_path / "start", build_vae(VAE, seed=1))
-    made = make_decoder_program(VaeLossConfig(), real_dataset, 0, tmp_path / "start")
+    made = make_started_program(VaeLossConfig(), real_dataset, 0, tmp_path / "start", "decoder")
     trained = {name: p for name, p in made.module.named_parameters() if p.requires_grad}
     optimiser, losses = torch.optim.Adam(trained.values(), lr=3e-3), []
     for position in range(12):
