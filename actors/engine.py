@@ -47,7 +47,7 @@ class EngineConfig(StrictConfig):
     """How ranks share the work."""
 
     zero_stage: int = Field(1, ge=0, le=3)
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage. Stage 3 without gradient checkpointing keeps gathered weights until the backward pass."""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of the averaged weights that a stage hands on; 0 switches averaging off."""
     precision: Precision = "float32"
@@ -90,7 +90,13 @@ class Engine:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": optimiser.clip_norm,
-                "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+                "zero_optimization": {
+                    "stage": config.zero_stage,
+                    "overlap_comm": False,
+                    # True would put another nn.functional.linear into this process for good. Under autocast it rounds
+                    # differently from the rollouts' (first ratio off by 4e-5), and stages after this one would use it.
+                    "memory_efficient_linear": False,
+                },
                 "zero_allow_untested_optimizer": True,
                 "optimizer": {
                     "type": "AdamW",

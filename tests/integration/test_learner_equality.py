@@ -96,18 +96,19 @@ def test_every_objective_moves_the_weights_as_plain_torch_does(learners, policy,
     assert relative_change(before, moved, after) <= 1e-3
 
 
+@pytest.mark.parametrize("stage", [1, 3])
 def test_in_bfloat16_the_first_ratio_is_exactly_one_where_both_sides_compute_in_it(
-    learners, policy, real_dataset, steps
+    learners, policy, real_dataset, steps, stage
 ):
     coarse = rolled_out(policy, real_dataset, groups=3, precision="bfloat16")
     fine = [trajectory.log_probs_GW for trajectory, _ in steps[0]]
     assert any(not np.array_equal(group.log_probs_GW, other) for (group, _), other in zip(coarse, fine, strict=False))
     learner = learners(2)
-    learner.setup(factory(policy), OptimiserConfig(lr=LR), EngineConfig(zero_stage=1, precision="bfloat16"), 1)
+    learner.setup(factory(policy), OptimiserConfig(lr=LR), EngineConfig(zero_stage=stage, precision="bfloat16"), 1)
     assert learner.recompute(items(coarse))[1] == 0.0
     assert learner.train(0, items(coarse), ratio_bound=0.0)["max_ratio_error"] == 0.0
     # In float32 the same rollouts are those of another policy.
-    learner.setup(factory(policy), OptimiserConfig(lr=LR), EngineConfig(zero_stage=1), 1)
+    learner.setup(factory(policy), OptimiserConfig(lr=LR), EngineConfig(zero_stage=stage), 1)
     with pytest.raises(NumericsError, match="the first ratio is off by"):
         learner.train(0, items(coarse), ratio_bound=1e-6)
 
