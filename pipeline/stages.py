@@ -33,7 +33,7 @@ from pipeline.train import run_continued, run_judge, run_rgb, run_sft, run_vae, 
 from policy.dit import PATCH
 from policy.folder import load_vae, policy_digest
 from policy.vae import LatentCodec
-from rewards.base import build, check_source, describe
+from rewards.base import build, check_group_size, check_source, describe
 from rewards.combine import RewardConfig
 from rewards.judge.client import FixedEndpoints, JudgeClient
 from rewards.judge.served import check_templates, served_terms, with_judge
@@ -152,7 +152,10 @@ def _prepare(run: Run, todo: Sequence[str]) -> None:
         rewards = with_judge(rewards, JudgeClient(FixedEndpoints(()), judging.client, Path(judging.model).name))
     for term in rewards.terms:
         if not term.own_process:
-            if words := describe(build(term.source, term.params)):
+            scorer = build(term.source, term.params)
+            if "grpo" in todo:
+                check_group_size(term.name, scorer, config.grpo.group)
+            if words := describe(scorer):
                 described[term.name] = words
             continue
         # Not built here: its code runs in its own processes only. What a runtime_env brings is known only there.

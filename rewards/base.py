@@ -180,6 +180,20 @@ def describe(scorer: Scorer) -> str | None:
     return described if isinstance(described, str) else None
 
 
+def check_group_size(name: str, scorer: Scorer, members: int) -> None:
+    """Refuses a run whose groups are larger than a scorer takes: its attribute ``largest_group``, None for any size.
+
+    Raises:
+        ConfigError: names the term and both sizes.
+    """
+    largest = getattr(scorer, "largest_group", None)
+    if isinstance(largest, int) and members > largest:
+        raise ConfigError(
+            f"rewards: term {name!r} scores groups of at most {largest}, and grpo.group is {members}; lower grpo.group "
+            "or change the term's params"
+        )
+
+
 def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:
     """Runs ``scorer`` and turns whatever it does into G scores, each present and finite or missing with a reason.
 

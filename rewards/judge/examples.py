@@ -156,7 +156,7 @@ def _rating(templates: Templates, batch: RewardBatch, member: int, grade: int) -
     return Example(question(templates, "pointwise", batch, [member]), target, errors_G2HW(batch)[member : member + 1])
 
 
-WRONG_SHARE = 0.3
+WRONG_SHARE = 0.15
 """Share of records, of tasks that name an object, whose ratings are about the object's name."""
 
 

@@ -47,6 +47,7 @@ class JudgeScorer:
             raise ConfigError(f"judge: orders {orders} with protocol {protocol}; a grid has 1 or more, pointwise has 1")
         self._asker, self._templates = asker, templates
         self._protocol, self._seed, self._orders = protocol, seed, orders
+        self.largest_group = len(templates.protocol("grid").labels) if protocol == "grid" else None
 
     def score(self, batch: RewardBatch) -> list[Score]:
         """Scores (G,): pointwise in [0, 1], of a grid log-probabilities. A missing one is its reason."""

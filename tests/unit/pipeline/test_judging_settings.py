@@ -143,6 +143,15 @@ def test_what_is_wrong_with_a_judge_is_said_before_any_actor_starts(
         run_stages(config, ("grpo",))
 
 
+def test_groups_larger_than_the_grid_has_labels_are_refused_before_any_actor_starts(load, tmp_path, real_dataset):
+    from tests.integration.policies import write_policy
+
+    judged = load(SERVER, "grpo.group=9", params={"protocol": "grid"})
+    config = grpo_alone(judged, real_dataset, write_policy(tmp_path / "policy"))
+    with pytest.raises(ConfigError, match=r"term 'judge' scores groups of at most 8, and grpo\.group is 9"):
+        run_stages(config, ("grpo",))
+
+
 def test_the_demo_with_a_judge_fits_two_cores_and_takes_another_model_by_override(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "demo-judge", "cluster.cpus=2"]) == 0
