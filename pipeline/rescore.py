@@ -9,9 +9,11 @@ import torch
 
 from common.commit import storage_errors, write_atomic
 from common.errors import DataError
+from common.events import finite
 from data.rgba import draw_grid
 from policy.rollout_files import read_rollouts
 from rewards.groups import Rescored
+from rewards.statistics import cluster_mean_interval
 
 SHOWN = 6
 """Samples at either end of a contact sheet."""
@@ -35,11 +37,10 @@ def render(result: Rescored) -> list[list[tuple[str, ...]]]:
         rows.append((name, str(len(term.values)), *(f"{x:.4f}" for x in numbers), str(term.missing), speed))
     tables: list[list[tuple[str, ...]]] = [rows]
     if result.agreement:
-        agreement: list[tuple[str, ...]] = [("rank correlation within groups", "with", "mean", "groups")]
-        agreement += [
-            (name, other, f"{np.mean(values):+.3f}", str(len(values)))
-            for (name, other), values in sorted(result.agreement.items())
-        ]
+        agreement: list[tuple[str, ...]] = [("rank correlation within groups", "with", "mean", "95 %", "groups")]
+        for (name, other), values in sorted(result.agreement.items()):
+            mean, low, high = _over_groups(values)
+            agreement.append((name, other, f"{mean:+.3f}", f"[{low:+.3f}, {high:+.3f}]", str(len(values))))
         tables.append(agreement)
     if result.reasons:
         counted = Counter(result.reasons).most_common(5)
@@ -57,11 +58,15 @@ def write(result: Rescored, rollouts: Path, out: Path) -> list[Path]:
             for name, t in result.terms.items()
             if t.values
         },
-        "agreement": {f"{a} ~ {b}": float(np.mean(values)) for (a, b), values in result.agreement.items()},
+        "agreement": {
+            f"{a} ~ {b}": dict(zip(("mean", "low", "high"), _over_groups(values), strict=True))
+            | {"groups": len(values)}
+            for (a, b), values in result.agreement.items()
+        },
     }
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(written[0], json.dumps(summary, indent=1) + "\n")
+        write_atomic(written[0], json.dumps(finite(summary), indent=1) + "\n")
     chosen = {name: _ends(entries) for name, entries in result.ranked.items() if entries}
     wanted = {number for entries in chosen.values() for _, number, _ in entries}
     groups = {n: g.pixels for n, g in enumerate(read_rollouts(rollouts)) if n in wanted}
@@ -78,6 +83,11 @@ def write(result: Rescored, rollouts: Path, out: Path) -> list[Path]:
             draw_grid(rows, ["input", "sample", "truth"], labels).save(path)
         written.append(path)
     return written
+
+
+def _over_groups(values: list[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval; whole groups are resampled."""
+    return cluster_mean_interval(values, [str(number) for number in range(len(values))])
 
 
 def _ends(entries: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:

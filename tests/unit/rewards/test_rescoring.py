@@ -106,6 +106,10 @@ def test_the_command_prints_tables_and_writes_scores_and_sheets(stored, tmp_path
     assert "alpha_gradient" in printed
     summary = json.loads((out / "scores.json").read_text())
     assert summary["terms"]["layer"]["scores"] == 15
+    agreement = summary["agreement"]["layer ~ alpha_gradient"]
+    assert agreement["groups"] == 3
+    assert agreement["low"] <= agreement["mean"] <= agreement["high"]
+    assert f"[{agreement['low']:+.3f}, {agreement['high']:+.3f}]" in printed
     assert (out / "best-and-worst-layer.png").read_bytes().startswith(b"\x89PNG")
 
 
