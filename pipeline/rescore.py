@@ -38,9 +38,9 @@ def render(result: Rescored) -> list[list[tuple[str, ...]]]:
     tables: list[list[tuple[str, ...]]] = [rows]
     if result.agreement:
         agreement: list[tuple[str, ...]] = [("rank correlation within groups", "with", "mean", "95 %", "groups")]
-        for (name, other), values in sorted(result.agreement.items()):
-            mean, low, high = _over_groups(values)
-            agreement.append((name, other, f"{mean:+.3f}", f"[{low:+.3f}, {high:+.3f}]", str(len(values))))
+        for (name, other), found in sorted(result.agreement.items()):
+            mean, low, high = _over_groups(found)
+            agreement.append((name, other, f"{mean:+.3f}", f"[{low:+.3f}, {high:+.3f}]", str(len(found))))
         tables.append(agreement)
     if result.reasons:
         counted = Counter(result.reasons).most_common(5)
