@@ -16,7 +16,6 @@ import torch
 from diffusers import ModelMixin
 from pydantic import Field
 
-from actors.elastic import convert, must_convert, note_writers
 from common.config import StrictConfig
 from common.errors import CheckpointError, NumericsError
 from policy.precision import Precision, computing
@@ -187,49 +186,27 @@ class Engine:
         """Writes this rank's share of the training state into a temporary commit folder."""
         # save_latest=False: DeepSpeed would move its own marker before all ranks have written.
         self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
-        if rank == 0:
-            note_writers(folder, self.world, self.config.zero_stage)
         if self.ema and rank == 0:
             torch.save(self.ema, folder / "ema.pt")
 
-    def load(self, folder: Path, rank: int) -> None:
-        """Restores what :meth:`save` wrote, from a folder that the manifest has vouched for; on all ranks together,
-        which may be more or fewer than those that wrote it.
+    def load(self, folder: Path) -> None:
+        """Restores what :meth:`save` wrote, from a folder that the manifest has vouched for.
 
         Raises:
-            CheckpointError: the state is not there, cannot be read, or is of another ZeRO stage.
+            CheckpointError: the state is not there, or was written by another number of ranks.
         """
-        universal = must_convert(folder, self.world, self.config.zero_stage)
-        source = self._converted(folder, rank) if universal else folder
         try:
-            self.engine._config.load_universal_checkpoint = universal
             # A frozen base is not in the checkpoint: it came from the folder that training started from.
-            path, _ = self.engine.load_checkpoint(str(source), tag=ENGINE_TAG, load_module_strict=not self._partly)
+            path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_module_strict=not self._partly)
         except Exception as error:  # DeepSpeed raises bare assertions and runtime errors here
             raise CheckpointError(
                 f"{folder}: the training state cannot be loaded ({str(error)[:200] or error!r});"
                 " resume with the number of learner ranks and the ZeRO stage that wrote it"
             ) from error
-        finally:
-            self.engine._config.load_universal_checkpoint = False
         if path is None:  # DeepSpeed's way of saying "nothing there"
             raise CheckpointError(f"{folder}: no training state in this commit")
         if self.config.ema:
             self.ema = torch.load(folder / "ema.pt", weights_only=True)
-
-    def _converted(self, folder: Path, rank: int) -> Path:
-        """Rank 0 converts while the others wait; what goes wrong there is raised by all of them."""
-        made: list[Path | CheckpointError | None] = [None]
-        if rank == 0:
-            try:
-                made = [convert(folder, ENGINE_TAG)]
-            except Exception as error:
-                made = [CheckpointError(f"{folder}: cannot be cut for {self.world} learner ranks ({str(error)[:200]})")]
-        torch.distributed.broadcast_object_list(made, src=0)
-        if isinstance(made[0], CheckpointError):
-            raise made[0]
-        assert made[0]
-        return made[0]
 
 
 def sum_stats(parts: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -143,7 +143,7 @@ class LearnerRank:
 
     def restore(self, folder: Path) -> None:
         """Loads training state from a verified commit."""
-        self._ready().load(folder, self._rank)
+        self._ready().load(folder)
 
     def train(self, plan: StepPlan, *payloads: Any) -> dict[str, float]:
         """One optimiser step on this rank's items; returns sums of logged quantities, norm and seconds."""

@@ -164,9 +164,8 @@ def latest(root: Path, skipped: Callable[[str], None]) -> Commit | None:
     return None
 
 
-def retain(root: Path, keep: int, every: int = 0) -> None:
-    """Removes all but the newest ``keep`` complete commits and those whose step is a multiple of ``every`` (0: none
-    of them), and whatever interrupted writers left.
+def retain(root: Path, keep: int) -> None:
+    """Removes all but the newest ``keep`` complete commits, and whatever interrupted writers left.
 
     Completeness is judged by manifest and sizes, which is cheap; a damaged folder never counts as one to keep.
     """
@@ -174,13 +173,13 @@ def retain(root: Path, keep: int, every: int = 0) -> None:
     kept = 0
     for path in sorted(root.glob("step-*"), reverse=True):
         try:
-            found, _ = _read_manifest(path)
+            _read_manifest(path)
             kept += 1
         except CheckpointError as error:
             if FOREIGN not in str(error):
                 _remove(path)
             continue
-        if kept > keep and not (every and found.step % every == 0):
+        if kept > keep:
             _remove(path)
     for path in [*root.glob(".tmp-*"), *root.glob(".old-*")]:
         _remove(path)

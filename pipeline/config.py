@@ -72,9 +72,7 @@ class RunConfig(StrictConfig):
     tracking: TrackingConfig = TrackingConfig()
     """Metrics."""
     keep_commits: int = Field(2, ge=1)
-    """Newest commits kept per stage; a finished stage keeps one."""
-    keep_every: int = Field(0, ge=0)
-    """Also kept, for good: every commit whose step is a multiple of this; 0 keeps none of them."""
+    """Commits kept per stage."""
     stop_grace_s: float = Field(3.0, gt=0)
     """Time between SIGTERM and SIGKILL where the run lives; a final commit is made only if it fits."""
 
@@ -156,7 +154,7 @@ class RunConfig(StrictConfig):
 
     def identity(self) -> dict[str, Any]:
         """What a run folder belongs to: all that changes its results, so not placement, tracking, paths or cadence."""
-        outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "keep_every", "stop_grace_s")
+        outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
         # Nor do recomputed activations: gradients are the same.
         cadence = {"commit_every", "pictures_every", "keep_rollouts", "gradient_checkpointing"}
         # A watch that only warns changes no result.

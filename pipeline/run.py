@@ -189,9 +189,6 @@ class Progress:
         self._commit_seconds = 0.0
         self.committed = 0
 
-    def _retain(self, keep: int) -> None:
-        retain(self._root, keep, self._run.config.keep_every)
-
     def resume(self, restore: Callable[[Path], None]) -> int:
         """Restores the newest commit that verifies; returns the step to go on with (0 when there is none).
 
@@ -199,7 +196,7 @@ class Progress:
             CheckpointError: the commit was made under another configuration.
         """
         found = latest(self._root, lambda reason: log.warning("skipped a damaged commit: %s", reason))
-        self._retain(self._run.config.keep_commits)
+        retain(self._root, self._run.config.keep_commits)
         self.committed = found.step if found else 0
         past = read_events(self._run.events.path)
         if found:
@@ -235,7 +232,7 @@ class Progress:
             save(temporary)
         self._run.events.sync()
         made = commit(temporary, folder, {"step": step, "config": self._run.config.identity_hash(), **facts})
-        self._retain(self._run.config.keep_commits)
+        retain(self._root, self._run.config.keep_commits)
         self.committed = step
         self._run.commits, self._run.committed_at = self._run.commits + 1, time.time()
         self._run.events.write("commit", stage=self._stage, step=step)
@@ -249,7 +246,7 @@ class Progress:
             write(temporary)
         base = {"step": self._steps, "config": self._run.config.identity_hash()}
         commit(temporary, final, base | (facts or {}))
-        self._retain(1)
+        retain(self._root, 1)
         self._run.events.write("stage_done", stage=self._stage)
         return final
 

@@ -9,13 +9,12 @@ import torch
 
 from actors.engine import EngineConfig, OptimiserConfig
 from actors.learner import Item, LearnerGroup
-from common.errors import CheckpointError, NumericsError
+from common.errors import NumericsError
 from policy.adapters import LoraConfig
 from policy.folder import load_transformer, starting_policy
 from policy.rl import GrpoConfig, NftConfig
 from policy.weights import digest, load_packed
 from tests.integration.policies import (
-    OBJECTIVE,
     factory,
     plain_torch_weights,
     relative_change,
@@ -160,52 +159,6 @@ def test_a_resumed_learner_takes_the_steps_of_an_uninterrupted_one(
     learner.export(tmp_path / "resumed")
     handed_on = (digest(load_transformer(tmp_path / name).state_dict()) for name in ("through", "resumed"))
     assert len(set(handed_on)) == 1
-
-
-@pytest.mark.parametrize(
-    ("objective", "lora", "stage", "ema", "ranks"),
-    [
-        (OBJECTIVE, None, 0, 0.5, (2, 1)),
-        (OBJECTIVE, None, 1, 0.5, (2, 1)),
-        (OBJECTIVE, None, 2, 0.0, (1, 2)),
-        (OBJECTIVE, None, 3, 0.0, (2, 1)),
-        (GrpoConfig(clip_range=1e-3, kl=10.0), LoraConfig(rank=4), 1, 0.0, (1, 2)),
-        (GrpoConfig(clip_range=1e-3, kl=10.0), LoraConfig(rank=4), 3, 0.5, (1, 2)),
-    ],
-    ids=["zero0", "zero1-ema", "zero2", "zero3", "lora-zero1", "lora-zero3-ema"],
-)
-def test_training_goes_on_with_more_or_fewer_ranks(
-    learners, policy, steps, tmp_path, objective, lora, stage, ema, ranks
-):
-    make, engine, folder = factory(policy, objective, lora), EngineConfig(zero_stage=stage, ema=ema), tmp_path / "step"
-    folder.mkdir()
-
-    def begun(count: int) -> LearnerGroup:
-        learner = learners(count)
-        learner.setup(make, OptimiserConfig(lr=LR), engine, 4)
-        return learner
-
-    def advance(learner: LearnerGroup, numbers) -> dict[str, torch.Tensor]:
-        for number in numbers:
-            learner.begin_batch()
-            learner.train(number, items(steps[number]))
-        name, index, buffer = learner.publish()
-        model = starting_policy(policy, lora, 0)
-        assert load_packed(model, index, ray.get(buffer)) == name
-        return dict(model.state_dict())
-
-    learner = begun(ranks[0])
-    before = advance(learner, [0, 1])
-    learner.save(folder)
-    through = advance(learner, [2, 3])
-    learner = begun(ranks[1])
-    learner.restore(folder)
-    assert relative_change(through, advance(learner, []), before) <= 1e-6
-    assert relative_change(before, advance(learner, [2, 3]), through) <= 1e-3
-    # A commit of another stage is refused: the moments would have other shapes.
-    learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=(stage + 1) % 4), 4)
-    with pytest.raises(CheckpointError, match=rf"is of ZeRO stage {stage} and this run has stage"):
-        learner.restore(folder)
 
 
 def test_old_log_probs_can_be_the_learners_own(learners, policy, steps):

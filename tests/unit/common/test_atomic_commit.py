@@ -281,27 +281,6 @@ def test_retention_never_removes_the_commit_that_a_resume_would_use(tmp_path, ke
     assert got.step == 10
 
 
-def test_multiples_of_keep_every_survive_beside_the_newest(tmp_path):
-    for step in range(10, 100, 10):
-        make(tmp_path, step)
-        retain(tmp_path, 2, every=30)
-    assert [path.name[-2:] for path in sorted(tmp_path.iterdir())] == ["30", "60", "80", "90"]
-    (step_folder(tmp_path, 60) / "state.json").unlink()
-    retain(tmp_path, 1, every=30)
-    assert [path.name[-2:] for path in sorted(tmp_path.iterdir())] == ["30", "90"]
-
-
-@pytest.mark.parametrize("every", [0, 2])
-def test_a_death_between_commit_and_retention_is_made_good_by_the_next_retention(tmp_path, every):
-    for step in range(1, 8):  # none of these writers came to its retention
-        make(tmp_path, step)
-    assert found(tmp_path)[0].step == 7
-    retain(tmp_path, 2, every)
-    kept = [int(path.name[-8:]) for path in sorted(tmp_path.iterdir())]
-    assert kept == ([2, 4, 6, 7] if every else [6, 7])
-    assert found(tmp_path)[0].step == 7
-
-
 def test_a_small_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "identity.json"
     write_atomic(path, "old")
