@@ -6,7 +6,6 @@ driver ──token file──▶ node reads it, leaves an answer beside it ─�
 import contextlib
 import hashlib
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def check_shared_storage(run_dir: Path, dataset: Path, deadline_s: float) -> Non
 
 
 def top_files(folder: Path) -> dict[str, str]:
-    """Digests of the JSON files at the top of a folder, by name: a dataset's manifest, which has those of all others."""
+    """Digests of the JSON files at the top of a folder, by name: a dataset's manifest, with those of the rest."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.json"))}
 
 

@@ -227,7 +227,7 @@ def test_a_commit_of_an_earlier_version_resumes_with_its_number_of_ranks_and_is_
     folder = str(tmp_path)
     ray.get(
         [
-            rank.__ray_call__.remote(lambda self: self._engine.engine.save_checkpoint(folder, "engine", None, False))
+            rank.__ray_call__.remote(lambda self: self._engine.engine.save_checkpoint(folder, "engine", {}, False))
             for rank in learner._ranks
         ]
     )
