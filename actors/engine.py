@@ -16,12 +16,11 @@ import torch
 from diffusers import ModelMixin
 from pydantic import Field
 
+from actors import training_state
 from common.config import StrictConfig
 from common.errors import CheckpointError, NumericsError
 from policy.precision import Precision, computing
 from policy.programs import MicroLoss
-
-ENGINE_TAG = "engine"
 
 
 class OptimiserConfig(StrictConfig):
@@ -183,30 +182,44 @@ class Engine:
         return self.ema or self.weights()
 
     def save(self, folder: Path, rank: int) -> None:
-        """Writes this rank's share of the training state into a temporary commit folder."""
-        # save_latest=False: DeepSpeed would move its own marker before all ranks have written.
-        self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True)
+        """Writes this rank's share of the training state into a temporary commit folder; all ranks together."""
+        training_state.save(self.engine, self.config.zero_stage, self._trained_parameters(), folder)
         if self.ema and rank == 0:
             torch.save(self.ema, folder / "ema.pt")
 
     def load(self, folder: Path) -> None:
-        """Restores what :meth:`save` wrote, from a folder that the manifest has vouched for.
+        """Restores what :meth:`save` wrote, from a folder that the manifest has vouched for; all ranks together.
+
+        Number of ranks and ZeRO stage may be others than those that wrote it.
 
         Raises:
-            CheckpointError: the state is not there, or was written by another number of ranks.
+            CheckpointError: the state is not there, or is of other parameters.
         """
+        if not (folder / training_state.FOLDER).is_dir():
+            raise CheckpointError(f"{folder}: no training state in this commit")
+        if (folder / training_state.FOLDER / "state.json").is_file():
+            training_state.load(self.engine, self.config.zero_stage, self._trained_parameters(), folder)
+        else:
+            self._load_deepspeed(folder)
+        if self.config.ema:
+            self.ema = torch.load(folder / "ema.pt", weights_only=True)
+
+    def _load_deepspeed(self, folder: Path) -> None:
+        """Restores a commit of earlier versions, which hold DeepSpeed's own checkpoint."""
         try:
             # A frozen base is not in the checkpoint: it came from the folder that training started from.
-            path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG, load_module_strict=not self._partly)
+            tag = training_state.FOLDER
+            path, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly)
         except Exception as error:  # DeepSpeed raises bare assertions and runtime errors here
             raise CheckpointError(
-                f"{folder}: the training state cannot be loaded ({str(error)[:200] or error!r});"
-                " resume with the number of learner ranks and the ZeRO stage that wrote it"
+                f"{folder}: the training state cannot be loaded ({str(error)[:200] or error!r}); an earlier version"
+                " wrote it: resume with the number of learner ranks and the ZeRO stage that it had"
             ) from error
         if path is None:  # DeepSpeed's way of saying "nothing there"
             raise CheckpointError(f"{folder}: no training state in this commit")
-        if self.config.ema:
-            self.ema = torch.load(folder / "ema.pt", weights_only=True)
+
+    def _trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if name in self._trained}
 
 
 def sum_stats(parts: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What an actor says of itself when it starts: where it is, and which code and versions it runs.
+"""What an actor says of itself when it starts: where it is, and which code and versions it runs; what a node sees.
 
 :mod:`actors.processes` sends these functions by value: a node whose copy of this package is another one answers too.
 So nothing here may name one of our modules outside a function body.
@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import signal
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,24 @@ def source_digest(root: Path) -> str:
                 content = hashlib.sha256(path.read_bytes()).hexdigest()
                 whole.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
     return whole.hexdigest()[:16]
+
+
+def look(question: Path, answer: Path, dataset: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Called on a node: what it reads at ``question``, which it copies to ``answer``, and of files in ``dataset``.
+
+    Returns:
+        ``token`` and ``error`` (None each where there is none), ``files``: digests by name of those that are there.
+    """
+    token, error, files = None, None, {}
+    try:
+        token = question.read_text()
+        answer.write_text(token)
+    except OSError as refused:
+        error = refused.strerror
+    for name in names:
+        if (dataset / name).is_file():
+            files[name] = hashlib.sha256((dataset / name).read_bytes()).hexdigest()
+    return {"token": token, "error": error, "files": files}
 
 
 def arrive(_: Any, name: str, expected: dict[str, str], logs: Path | None) -> dict[str, Any]:

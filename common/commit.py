@@ -164,8 +164,10 @@ def latest(root: Path, skipped: Callable[[str], None]) -> Commit | None:
     return None
 
 
-def retain(root: Path, keep: int) -> None:
+def retain(root: Path, keep: int, every: int = 0) -> None:
     """Removes all but the newest ``keep`` complete commits, and whatever interrupted writers left.
+
+    Commits whose step is a multiple of ``every`` stay, too; 0 keeps none for that reason.
 
     Completeness is judged by manifest and sizes, which is cheap; a damaged folder never counts as one to keep.
     """
@@ -173,13 +175,13 @@ def retain(root: Path, keep: int) -> None:
     kept = 0
     for path in sorted(root.glob("step-*"), reverse=True):
         try:
-            _read_manifest(path)
+            found, _ = _read_manifest(path)
             kept += 1
         except CheckpointError as error:
             if FOREIGN not in str(error):
                 _remove(path)
             continue
-        if kept > keep:
+        if kept > keep and not (every and found.step % every == 0):
             _remove(path)
     for path in [*root.glob(".tmp-*"), *root.glob(".old-*")]:
         _remove(path)

@@ -113,7 +113,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)
     print(render_plan(config))
-    check_plan(config)
+    print(f"\n{check_plan(config)}")
 
 
 def _doctor(_: argparse.Namespace) -> None:

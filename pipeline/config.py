@@ -72,7 +72,9 @@ class RunConfig(StrictConfig):
     tracking: TrackingConfig = TrackingConfig()
     """Metrics."""
     keep_commits: int = Field(2, ge=1)
-    """Commits kept per stage."""
+    """Newest commits kept while a stage goes on, and 1 when it is done."""
+    keep_every: int = Field(0, ge=0)
+    """Also keeps every commit whose step is a multiple of this, for good; 0 keeps none for that reason."""
     stop_grace_s: float = Field(3.0, gt=0)
     """Time between SIGTERM and SIGKILL where the run lives; a final commit is made only if it fits."""
 
@@ -154,7 +156,7 @@ class RunConfig(StrictConfig):
 
     def identity(self) -> dict[str, Any]:
         """What a run folder belongs to: all that changes its results, so not placement, tracking, paths or cadence."""
-        outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "stop_grace_s")
+        outside = ("name", "run_dir", "dataset", "cluster", "tracking", "keep_commits", "keep_every", "stop_grace_s")
         # Nor do recomputed activations: gradients are the same.
         cadence = {"commit_every", "pictures_every", "keep_rollouts", "gradient_checkpointing"}
         # A watch that only warns changes no result.

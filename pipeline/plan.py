@@ -4,15 +4,18 @@ import json
 import os
 from typing import Any
 
+import psutil
+import ray
 import torch
 import yaml
 
-from actors.cluster import PlacementRow, check_placement, placement
+from actors.cluster import PlacementRow, check_placement, connected, placement
 from actors.isolation import isolated_terms, scorer_placement
 from actors.judge import judge_placement
 from actors.packages import check_runtime_env
 from data.tasks import get_task
 from pipeline.config import RunConfig
+from pipeline.plan_nodes import Node, node_table
 from policy.base import TEXT_WIDTH
 from policy.dit import PATCH, SIGHT_CHANNELS
 from policy.estimate import Footprint, footprint
@@ -124,8 +127,8 @@ def _reserved(cpus: float, gpus: float) -> str:
     return f"{cpus:g} CPUs" + (f", {gpus:g} GPUs" if gpus else "")
 
 
-def check_plan(config: RunConfig) -> None:
-    """Compares the placement with the cluster that the run would use.
+def check_plan(config: RunConfig) -> str:
+    """Compares the placement with the cluster that the run would use; returns a table of its nodes.
 
     Raises:
         ConfigError: a runtime_env that Ray does not take.
@@ -135,14 +138,16 @@ def check_plan(config: RunConfig) -> None:
     for term in isolated_terms(config.rewards):
         check_runtime_env(term)
     others = other_rows(config)
+    rows = [*placement(config.cluster), *others]
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
-        from actors.cluster import connected
-
         with connected(config.cluster, others):
-            pass
-    else:
-        check_placement(
-            [*placement(config.cluster), *others],
-            config.cluster.cpus or os.cpu_count() or 1,
-            torch.cuda.device_count(),
-        )
+            return node_table(rows, _nodes())
+    cpus, gpus = config.cluster.cpus or os.cpu_count() or 1, torch.cuda.device_count()
+    check_placement(rows, cpus, gpus)
+    return node_table(rows, [Node("this machine", cpus, gpus, psutil.virtual_memory().total / 2**30)])
+
+
+def _nodes() -> list[Node]:
+    """Of the connected cluster."""
+    found = [(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [Node(name, has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0) / 2**30) for name, has in found]

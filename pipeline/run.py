@@ -196,7 +196,7 @@ class Progress:
             CheckpointError: the commit was made under another configuration.
         """
         found = latest(self._root, lambda reason: log.warning("skipped a damaged commit: %s", reason))
-        retain(self._root, self._run.config.keep_commits)
+        retain(self._root, self._run.config.keep_commits, self._run.config.keep_every)
         self.committed = found.step if found else 0
         past = read_events(self._run.events.path)
         if found:
@@ -232,7 +232,7 @@ class Progress:
             save(temporary)
         self._run.events.sync()
         made = commit(temporary, folder, {"step": step, "config": self._run.config.identity_hash(), **facts})
-        retain(self._root, self._run.config.keep_commits)
+        retain(self._root, self._run.config.keep_commits, self._run.config.keep_every)
         self.committed = step
         self._run.commits, self._run.committed_at = self._run.commits + 1, time.time()
         self._run.events.write("commit", stage=self._stage, step=step)
@@ -246,7 +246,7 @@ class Progress:
             write(temporary)
         base = {"step": self._steps, "config": self._run.config.identity_hash()}
         commit(temporary, final, base | (facts or {}))
-        retain(self._root, 1)
+        retain(self._root, 1, self._run.config.keep_every)
         self._run.events.write("stage_done", stage=self._stage)
         return final
 

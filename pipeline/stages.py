@@ -16,6 +16,7 @@ from actors.packages import check_runtime_env
 from actors.processes import roster
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
+from actors.shared_storage import check_shared_storage
 from actors.waiting import PROCESS_ENDED
 from common.errors import CheckpointError, ConfigError, Interrupted, LearnerError, StorageError
 from common.role_logs import first_failure
@@ -250,6 +251,7 @@ def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
         run.signals(),
         contextlib.closing(Actors(run)) as actors,
     ):
+        check_shared_storage(run.folder, run.config.dataset_folder, run.config.cluster.deadline_s)
         if todo[0] in ("vae", "sft") and {"grpo", "evaluate"} & set(todo):
             actors.try_scorers()
         for stage in todo:

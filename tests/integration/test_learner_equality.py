@@ -9,12 +9,13 @@ import torch
 
 from actors.engine import EngineConfig, OptimiserConfig
 from actors.learner import Item, LearnerGroup
-from common.errors import NumericsError
+from common.errors import CheckpointError, NumericsError
 from policy.adapters import LoraConfig
 from policy.folder import load_transformer, starting_policy
 from policy.rl import GrpoConfig, NftConfig
-from policy.weights import digest, load_packed
+from policy.weights import digest, load_packed, unpack
 from tests.integration.policies import (
+    OBJECTIVE,
     factory,
     plain_torch_weights,
     relative_change,
@@ -159,6 +160,87 @@ def test_a_resumed_learner_takes_the_steps_of_an_uninterrupted_one(
     learner.export(tmp_path / "resumed")
     handed_on = (digest(load_transformer(tmp_path / name).state_dict()) for name in ("through", "resumed"))
     assert len(set(handed_on)) == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "lora", "written", "resumed", "ema"),
+    [
+        (OBJECTIVE, None, (2, 0), (1, 0), 0.0),
+        (OBJECTIVE, None, (1, 1), (2, 1), 0.5),
+        (OBJECTIVE, None, (2, 2), (1, 2), 0.0),
+        (OBJECTIVE, None, (2, 3), (1, 3), 0.5),
+        (OBJECTIVE, None, (1, 3), (2, 3), 0.0),
+        (OBJECTIVE, LoraConfig(rank=4), (2, 1), (1, 1), 0.5),
+        (OBJECTIVE, LoraConfig(rank=4), (1, 2), (2, 2), 0.0),
+        (OBJECTIVE, LoraConfig(rank=4), (1, 3), (2, 3), 0.5),
+        (OBJECTIVE, LoraConfig(rank=4), (2, 3), (1, 0), 0.0),
+        (OBJECTIVE, None, (1, 0), (2, 3), 0.0),
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_training_goes_on_with_another_number_of_ranks_or_zero_stage(
+    learners, policy, steps, tmp_path, objective, lora, written, resumed, ema
+):
+    """(ranks, ZeRO stage) that wrote the state, and that go on from it."""
+    make = factory(policy, objective, lora)
+
+    def start(ranks: int, stage: int) -> LearnerGroup:
+        learner = learners(ranks)
+        learner.setup(make, OptimiserConfig(lr=LR), EngineConfig(zero_stage=stage, ema=ema), 4)
+        return learner
+
+    def advance(learner: LearnerGroup, numbers) -> None:
+        for number in numbers:
+            learner.begin_batch()
+            learner.train(number, items(steps[number]))
+
+    def weights(learner: LearnerGroup) -> dict[str, torch.Tensor]:
+        _, index, buffer = learner.publish()
+        return dict(unpack(index, ray.get(buffer)))
+
+    def handed_on(learner: LearnerGroup, name: str) -> dict[str, torch.Tensor]:
+        learner.export(tmp_path / name)
+        return dict(load_transformer(tmp_path / name).state_dict())
+
+    through = start(*written)
+    advance(through, [0, 1])
+    through.save(tmp_path)
+    saved, before = weights(through), handed_on(through, "saved")
+    advance(through, [2, 3])
+    expected, averaged = weights(through), handed_on(through, "through")
+
+    learner = start(*resumed)
+    learner.restore(tmp_path)
+    assert digest(weights(learner)) == digest(saved)
+    advance(learner, [2, 3])
+    assert relative_change(saved, weights(learner), expected) <= 1e-5
+    assert relative_change(before, handed_on(learner, "resumed"), averaged) <= 1e-5
+
+
+def test_a_commit_of_an_earlier_version_resumes_with_its_number_of_ranks_and_is_refused_with_another(
+    learners, policy, steps, tmp_path
+):
+    """Earlier versions committed DeepSpeed's own checkpoint."""
+    engine, learner = EngineConfig(zero_stage=1), learners(2)
+    learner.setup(factory(policy), OptimiserConfig(lr=LR), engine, 4)
+    learner.train(0, items(steps[0]))
+    folder = str(tmp_path)
+    ray.get(
+        [
+            rank.__ray_call__.remote(lambda self: self._engine.engine.save_checkpoint(folder, "engine", {}, False))
+            for rank in learner._ranks
+        ]
+    )
+    learner.train(1, items(steps[1]))
+    expected = learner.publish()[0]
+    learner.setup(factory(policy), OptimiserConfig(lr=LR), engine, 4)
+    learner.restore(tmp_path)
+    learner.train(1, items(steps[1]))
+    assert learner.publish()[0] == expected
+    other = learners(1)
+    other.setup(factory(policy), OptimiserConfig(lr=LR), engine, 4)
+    with pytest.raises(CheckpointError, match="an earlier version wrote it: resume with the number of learner ranks"):
+        other.restore(tmp_path)
 
 
 def test_old_log_probs_can_be_the_learners_own(learners, policy, steps):

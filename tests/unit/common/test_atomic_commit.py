@@ -254,6 +254,29 @@ def test_other_errors_of_the_file_system_pass_through_unchanged(tmp_path):
         raise StorageError("as it was")
 
 
+@contextlib.contextmanager
+def failing_removal(monkeypatch, number: int, error: BaseException):
+    """Lets the ``number``-th removal of a file or folder fail."""
+    calls = 0
+
+    def wrap(name):
+        original = getattr(os, name)
+
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise error
+            return original(*args, **kwargs)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, wrap(name))
+        yield
+
+
 def test_free_space_is_known_for_a_path_that_does_not_exist_yet(tmp_path):
     assert free_mib(tmp_path / "a" / "b") == pytest.approx(free_mib(tmp_path), abs=64)
 
@@ -268,6 +291,46 @@ def test_retention_keeps_the_newest_and_removes_what_was_abandoned(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "step-00000020", "step-00000100"]
     retain(tmp_path, 5)
     assert found(tmp_path)[0].step == 100
+
+
+def steps_in(root: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in root.glob("step-*"))
+
+
+def test_retention_keeps_every_kth_step_beside_the_newest(tmp_path):
+    for step in (5, 10, 15, 20, 25, 30, 32, 34):
+        make(tmp_path, step)
+    retain(tmp_path, 2, every=10)
+    assert steps_in(tmp_path) == [10, 20, 30, 32, 34]
+    retain(tmp_path, 2)
+    assert steps_in(tmp_path) == [32, 34]
+
+
+def test_death_at_any_moment_of_retention_loses_no_commit_that_is_to_stay(tmp_path, monkeypatch):
+    """From just after the commit to just after the last removal; the next retention finishes the work."""
+    deaths = 0
+    for number in range(1, 50):
+        root = tmp_path / str(number)
+        for step in (10, 15, 20, 25, 30):
+            make(root, step)
+        begin(step_folder(root, 35))
+        died = False
+        with failing_removal(monkeypatch, number, Crash()):
+            try:
+                retain(root, 1, every=20)
+            except Crash:
+                died = True
+        got, _ = found(root)
+        assert got is not None
+        assert got.step == 30
+        verify(step_folder(root, 20))
+        retain(root, 1, every=20)
+        assert steps_in(root) == [20, 30]
+        assert strangers(root) == []
+        if not died:
+            break
+        deaths += 1
+    assert deaths >= 4  # three old commits and an abandoned folder, file by file
 
 
 @pytest.mark.parametrize("keep", [1, 2])
