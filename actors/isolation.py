@@ -20,9 +20,10 @@ from ray.exceptions import RayActorError, RayError, RuntimeEnvSetupError
 import actors.scorer
 from actors.cluster import PlacementRow
 from actors.packages import folders_in_place, packed
+from actors.processes import admit, enter
 from actors.scorer import ScorerActor
 from actors.waiting import expected, wait_futures
-from common.errors import ActorError, ConfigError, DeadlineError, OmniAlphaError, RewardError
+from common.errors import ActorError, ClusterError, ConfigError, DeadlineError, OmniAlphaError, RewardError
 from rewards.base import Scores, missing_scores
 from rewards.combine import RewardConfig, TermConfig
 
@@ -32,6 +33,9 @@ cloudpickle.register_pickle_by_value(actors.scorer)
 
 LOSSES = 3
 """Processes of a term, times their number, that may be lost in a row without one answer between them."""
+
+OWN_VERSIONS = ("torch",)
+"""What a term's runtime_env may bring in another version than the driver's."""
 
 Value = TypeVar("Value")
 
@@ -63,6 +67,7 @@ class TermScorers:
         # None stands for "no process will ever be free again".
         self._free: asyncio.Queue[Any] = asyncio.Queue()
         self._living: list[Any] = []
+        self._numbers: dict[Any, int] = {}
         self._replacing: set[asyncio.Task[None]] = set()
 
     async def begin(self) -> None:
@@ -118,8 +123,18 @@ class TermScorers:
             term.name, term.source, term.params, threads, folders_in_place(term)
         )
         self._living.append(actor)
+        number = min(
+            set(range(len(self._living))) - set(self._numbers.values())
+        )  # a replacement takes its forerunner's
+        self._numbers[actor] = number
+        own = OWN_VERSIONS if term.runtime_env else ()
+        actor.prepare.remote()  # an error of it is start's, too
         try:
+            admit(await _within(enter(actor, f"scorer-{term.name}-{number}", own), self._start_deadline), own)
             await _within(actor.start.remote(), self._start_deadline)
+        except ClusterError:
+            self._kill(actor)
+            raise
         except _Overdue:
             self._kill(actor)
             raise DeadlineError(
@@ -163,6 +178,7 @@ class TermScorers:
 
     def _kill(self, actor: Any) -> None:
         self._living.remove(actor)
+        self._numbers.pop(actor, None)
         with contextlib.suppress(RayError):
             ray.kill(actor, no_restart=True)
 

@@ -5,6 +5,7 @@ connection to Ray.
 
 import functools
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,16 @@ class Roster:
 roster = Roster()
 
 
-def enter(actor: Any, name: str) -> Any:
-    """Reference to what a new actor says of itself, for :func:`admit`; it fails where the actor does not start."""
-    return actor.__ray_call__.remote(arrive, name, driver_versions(), roster.logs)
+def enter(actor: Any, name: str, own: Collection[str] = ()) -> Any:
+    """Reference to what a new actor says of itself, for :func:`admit`; it fails where the actor does not start.
+
+    ``own``: what it may have another version of.
+    """
+    expected = {key: value for key, value in driver_versions().items() if key not in own}
+    return actor.__ray_call__.remote(arrive, name, expected, roster.logs)
 
 
-def admit(said: dict[str, Any]) -> None:
+def admit(said: dict[str, Any], own: Collection[str] = ()) -> None:
     """Takes an actor in that has said what it is.
 
     Raises:
@@ -72,7 +77,9 @@ def admit(said: dict[str, Any]) -> None:
     """
     here, there = driver_versions(), said["versions"]
     if differing := [
-        f"{key} {there.get(key)} (the driver: {here[key]})" for key in here if there.get(key) != here[key]
+        f"{key} {there.get(key)} (the driver: {here[key]})"
+        for key in here
+        if key not in own and there.get(key) != here[key]
     ]:
         raise ClusterError(
             f"node {said['address']} does not run what the driver runs: {said['name']} has {', '.join(differing)}; "

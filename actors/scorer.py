@@ -30,29 +30,36 @@ class ScorerActor:
         self._threads, self._folders = threads, folders
         self._scorer: Any = None
 
+    def prepare(self) -> None:
+        """Imports our packages; what comes next is :func:`actors.origin.arrive`, and then :meth:`start`."""
+        import_ours_first(self._folders)
+
     def start(self) -> None:
         """Imports and builds the scorer. Not in the constructor, whose errors reach the driver only as text.
 
         Raises:
             OmniAlphaError: it cannot be found, imported or built.
         """
-        import_ours_first(self._folders)
         import torch
 
         from common.errors import OmniAlphaError
+        from common.role_logs import recording
         from rewards.base import build
 
         torch.set_num_threads(self._threads)
         try:
-            self._scorer = build(self._source, self._params)
+            self._scorer = recording("start", build)(self._source, self._params)
         except OmniAlphaError as error:
             raise type(error)(f"reward term {self._name!r}: {error}") from None
 
     def score(self, pixels: Any, place: int | None = None) -> "Scores":
         """Scores a group, or the group at ``place`` in a list of them."""
+        from common.role_logs import recording
         from rewards.base import reward_batch, run_scorer
 
-        return run_scorer(self._name, self._scorer, reward_batch(pixels if place is None else pixels[place]))
+        return recording("score", run_scorer)(
+            self._name, self._scorer, reward_batch(pixels if place is None else pixels[place])
+        )
 
 
 def import_ours_first(folders: Sequence[str]) -> None:

@@ -44,11 +44,13 @@ def recorded(actor: Actor) -> Actor:
     """Class decorator: every call of a public method leaves its line in the log of the process."""
     for name, method in list(vars(actor).items()):
         if not name.startswith("_") and callable(method):
-            setattr(actor, name, _recording(name, method))
+            setattr(actor, name, recording(name, method))
     return actor
 
 
-def _recording(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def recording(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, each call of which leaves its line under ``name``."""
+
     @functools.wraps(method)
     def call(*arguments: Any, **named: Any) -> Any:
         began = time.perf_counter()

@@ -15,9 +15,12 @@ import ray
 
 from actors.cluster import ClusterConfig, RoleConfig
 from actors.isolation import LOSSES, ScorerPool
+from actors.origin import versions
+from actors.processes import roster
 from actors.reward import RewardPool
 from actors.rollout import Group
-from common.errors import ActorError, ConfigError, RewardError
+from common.errors import ActorError, ClusterError, ConfigError, RewardError
+from common.role_logs import read_lines
 from pipeline.grpo import select
 from policy.group import GroupMeta, GroupPixels, GroupRequest
 from rewards.combine import RewardConfig, TermConfig
@@ -393,3 +396,25 @@ def test_a_process_lost_late_comes_back_with_its_runtime_env(start, tmp_path, co
     lost, found = ask(far, "far", "exit", "fine")
     assert lost.reasons == (ENDED,) * MEMBERS
     assert np.isfinite(found.values_G).all()
+
+
+def test_each_process_has_a_log_of_its_own_in_which_its_replacement_goes_on(start, code, tmp_path):
+    roster.open(tmp_path / "logs")
+    try:
+        pool = start(TermConfig(name="moody", scorer=f"{code}:moody", deadline_s=DEADLINE_S))
+        ask(pool, "moody", "fine", "exit", "fine")
+        assert "scorer-moody-0" in roster.known()
+        (written,) = (tmp_path / "logs").iterdir()
+        assert written.name == "scorer-moody-0.log"
+        calls = [line.call[0] for line in read_lines(written) if line.call]
+        assert calls == ["start", "score", "start", "score"]  # the call that ended the process has no line
+    finally:
+        roster.open(None)
+
+
+def test_a_process_that_runs_other_code_than_the_driver_is_refused_before_it_builds_the_scorer(
+    start, code, monkeypatch
+):
+    monkeypatch.setattr("actors.processes.driver_versions", lambda: versions() | {"code": "another"})
+    with pytest.raises(ClusterError, match=r"does not run what the driver runs: scorer-moody-0 has code .*another"):
+        start(TermConfig(name="moody", scorer=f"{code}:moody"))
