@@ -8,6 +8,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -123,14 +124,14 @@ class TermScorers:
             term.name, term.source, term.params, threads, folders_in_place(term)
         )
         self._living.append(actor)
-        number = min(
-            set(range(len(self._living))) - set(self._numbers.values())
-        )  # a replacement takes its forerunner's
+        # A replacement takes its forerunner's number.
+        number = min(set(range(len(self._living))) - set(self._numbers.values()))
         self._numbers[actor] = number
+        name = f"scorer-{re.sub('[^A-Za-z0-9_.]', '_', term.name)}-{number}"  # also names a file
         own = OWN_VERSIONS if term.runtime_env else ()
         actor.prepare.remote()  # an error of it is start's, too
         try:
-            admit(await _within(enter(actor, f"scorer-{term.name}-{number}", own), self._start_deadline), own)
+            admit(await _within(enter(actor, name, own), self._start_deadline), own)
             await _within(actor.start.remote(), self._start_deadline)
         except ClusterError:
             self._kill(actor)

@@ -401,11 +401,11 @@ def test_a_process_lost_late_comes_back_with_its_runtime_env(start, tmp_path, co
 def test_each_process_has_a_log_of_its_own_in_which_its_replacement_goes_on(start, code, tmp_path):
     roster.open(tmp_path / "logs")
     try:
-        pool = start(TermConfig(name="moody", scorer=f"{code}:moody", deadline_s=DEADLINE_S))
-        ask(pool, "moody", "fine", "exit", "fine")
-        assert "scorer-moody-0" in roster.known()
-        (written,) = (tmp_path / "logs").iterdir()
-        assert written.name == "scorer-moody-0.log"
+        pool = start(TermConfig(name="../mo ody", scorer=f"{code}:moody", deadline_s=DEADLINE_S))
+        ask(pool, "../mo ody", "fine", "exit", "fine")
+        assert "scorer-.._mo_ody-0" in roster.known()
+        (written,) = tmp_path.rglob("*.log")  # no name of a term leads out of the folder
+        assert written.name == "scorer-.._mo_ody-0.log"
         calls = [line.call[0] for line in read_lines(written) if line.call]
         assert calls == ["start", "score", "start", "score"]  # the call that ended the process has no line
     finally:
