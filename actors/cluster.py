@@ -102,6 +102,26 @@ def check_placement(rows: Sequence[PlacementRow], cpus: float, gpus: float | Non
             )
 
 
+def check_nodes(rows: Sequence[PlacementRow], nodes: Sequence[tuple[float, float]]) -> None:
+    """Refuses an actor that is larger than every node: Ray would wait for room until the deadline.
+
+    Args:
+        rows: what is asked for.
+        nodes: (CPUs, GPUs) of each.
+
+    Raises:
+        PlacementError: the role, what one of its actors reserves, and what the nodes have.
+    """
+    for row in rows:
+        cpus, gpus = row.cpus / row.actors, row.gpus / row.actors
+        if not any(has[0] + 1e-9 >= cpus and has[1] + 1e-9 >= gpus for has in nodes):
+            each = ", ".join(sorted({f"{has[0]:g} and {has[1]:g}" for has in nodes}))
+            raise PlacementError(
+                f"one {row.role} actor needs {cpus:g} CPUs and {gpus:g} GPUs on one node, and no node has both (CPUs "
+                f"and GPUs of the nodes: {each}); lower what the role reserves for each actor, or add larger nodes"
+            )
+
+
 @contextlib.contextmanager
 def connected(config: ClusterConfig, others: Sequence[PlacementRow] = ()) -> Iterator[None]:
     """Ray for the length of a run: an existing cluster, or one of this run's own.
@@ -139,6 +159,8 @@ def connected(config: ClusterConfig, others: Sequence[PlacementRow] = ()) -> Ite
         try:
             resources = ray.cluster_resources()
             check_placement(rows, resources.get("CPU", 0), resources.get("GPU", 0))
+            found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            check_nodes(rows, [(has.get("CPU", 0), has.get("GPU", 0)) for has in found])
             driver_versions()
             yield
         finally:

@@ -1,4 +1,7 @@
-from actors.cluster import PlacementRow
+import pytest
+
+from actors.cluster import PlacementRow, check_nodes
+from common.errors import PlacementError
 from pipeline.plan_nodes import Node, node_table, place
 
 
@@ -29,3 +32,10 @@ def test_the_table_has_a_line_for_each_node_with_what_is_free():
     lines = node_table([PlacementRow("learner", 2, 3.0, 1.0)], nodes()).splitlines()
     assert lines[2].split() == ["10.0.0.1", "4", "4", "0", "0", "16.0", "GiB", "none"]
     assert lines[3].split() == ["10.0.0.2", "8", "5", "2", "1", "64.0", "GiB", "learner", "×", "2"]
+
+
+def test_an_actor_that_is_larger_than_every_node_is_refused_by_role_though_the_sum_would_do():
+    nodes = [(2.0, 0.0), (1.0, 4.0)]
+    check_nodes([PlacementRow("rollout", 3, 3.0), PlacementRow("learner", 4, 4.0, 4.0)], nodes)
+    with pytest.raises(PlacementError, match=r"^one learner actor needs 2 CPUs and 1 GPUs .* \(.*: 1 and 4, 2 and 0\)"):
+        check_nodes([PlacementRow("learner", 1, 2.0, 1.0)], nodes)
