@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.events import group_balance, read_events
-from tests.integration.test_whole_loop import command, environment, processes_of, wait_until, weights_of
+from tests.integration.test_whole_loop import command, environment, wait_until_gone, weights_of
 
 pytestmark = [pytest.mark.soak, pytest.mark.xdist_group("ray"), pytest.mark.timeout(3000)]
 
@@ -34,7 +34,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_uninterrupte
                 driver.send_signal(signal.SIGKILL)
                 driver.wait()
                 print(f"killed after {limit:.1f} s")  # noqa: T201
-                wait_until(lambda: not processes_of(killed), 30, "the end of the killed run's processes")
+                wait_until_gone(killed)
     for stage in ("vae", "sft", "continued", "grpo"):
         ours, theirs = weights_of(killed, stage), weights_of(quiet, stage)
         for name in ours:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.events import group_balance, read_events
-from tests.integration.test_whole_loop import OMNIALPHA, environment, processes_of, wait_until
+from tests.integration.test_whole_loop import OMNIALPHA, environment, wait_until_gone
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -81,7 +81,7 @@ def test_a_documented_scorer_trains_beside_one_that_hangs_and_one_that_crashes(h
     assert '"term/thin_alpha"' in missing
     assert "hangs: no answer within 3 s (deadline_s)" in done.stdout + done.stderr
     assert "crashes: its process ended" in done.stdout + done.stderr
-    wait_until(lambda: not processes_of(run), 20, "the end of all processes")
+    wait_until_gone(run)
 
 
 def test_a_scorer_that_cannot_be_imported_ends_the_run_before_its_first_stage(home, real_dataset):
@@ -101,4 +101,4 @@ def test_a_scorer_that_cannot_be_imported_ends_the_run_before_its_first_stage(ho
     assert "omnialpha: reward term 'far': reward module 'not_there' cannot be imported" in done.stderr
     assert "Traceback" not in done.stderr
     assert not [e for e in read_events(run / "events.jsonl") if e["event"] == "stage_started"]
-    wait_until(lambda: not processes_of(run), 20, "the end of all processes")
+    wait_until_gone(run)
