@@ -69,7 +69,7 @@ class Engine:
     """A DeepSpeed engine round one module. ``torch.distributed`` must be initialised."""
 
     def __init__(self, module: torch.nn.Module, optimiser: OptimiserConfig, config: EngineConfig) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+        os.environ.setdefault("DS_ACCELERATOR", next(module.parameters()).device.type)
         import deepspeed
 
         self.config, self.optimiser = config, optimiser
@@ -202,7 +202,7 @@ class Engine:
         else:
             self._load_deepspeed(folder)
         if self.config.ema:
-            self.ema = torch.load(folder / "ema.pt", weights_only=True)
+            self.ema = torch.load(folder / "ema.pt", next(self.module.parameters()).device, weights_only=True)
 
     def _load_deepspeed(self, folder: Path) -> None:
         """Restores a commit of earlier versions, which hold DeepSpeed's own checkpoint."""

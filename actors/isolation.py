@@ -121,7 +121,7 @@ class TermScorers:
         env = await asyncio.to_thread(packed, term) if term.runtime_env else None  # packing may take a while
         threads = max(1, int(term.reserved.cpus))
         actor = self._class.options(runtime_env=env).remote(
-            term.name, term.source, term.params, threads, folders_in_place(term)
+            term.name, term.source, term.params, threads, folders_in_place(term), term.reserved.gpus
         )
         self._living.append(actor)
         # A replacement takes its forerunner's number.

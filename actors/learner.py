@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.balance import balance
 from actors.cluster import ClusterConfig
+from actors.devices import own_device
 from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, sum_stats
 from actors.operator_cache import load_operator
 from actors.processes import admit, enter
@@ -87,9 +88,9 @@ def first_ratio_message(error: float, bound: float) -> str:
 class LearnerRank:
     """One DeepSpeed rank; made into a Ray actor by :class:`LearnerGroup`."""
 
-    def __init__(self, rank: int, threads: int) -> None:
+    def __init__(self, rank: int, threads: int, gpus: float = 0.0) -> None:
         torch.set_num_threads(threads)
-        self._rank = rank
+        self._rank, self._device = rank, own_device(gpus)
         self._socket: socket.socket | None = None
         self._program: Program | None = None
         self._engine: Engine | None = None
@@ -121,22 +122,29 @@ class LearnerRank:
         os.environ.update(
             MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(self._rank), WORLD_SIZE=str(world), LOCAL_RANK="0"
         )
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        # Ray shows a rank its own GPU only, so that every rank is the first of its node.
+        os.environ["DS_ACCELERATOR"] = self._device.type
         if address == LOOPBACK:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         listening = self._socket.detach() if self._socket is not None else None
         store = torch.distributed.TCPStore(address, port, world, is_master=self._rank == 0, master_listen_fd=listening)
-        torch.distributed.init_process_group("gloo", store=store, rank=self._rank, world_size=world)
-        load_operator()
+        backend = "gloo"
+        if self._device.type == "cuda":
+            backend = "nccl"
+            torch.cuda.set_device(self._device)
+        torch.distributed.init_process_group(backend, store=store, rank=self._rank, world_size=world)
+        if self._device.type == "cpu":
+            load_operator()
         import deepspeed
 
-        deepspeed.init_distributed("gloo", verbose=False)  # takes over the group that is there
+        deepspeed.init_distributed(backend, verbose=False)  # takes over the group that is there
 
     def setup(self, build: Callable[[], Program], optimiser: OptimiserConfig, config: EngineConfig) -> int:
         """Builds the program and its engine; returns the number of trained parameters."""
         if self._engine is not None:
             self._engine.engine.destroy()
         self._program = build()
+        self._program.place(self._device)
         count = sum(p.numel() for p in self._program.module.parameters() if p.requires_grad)
         self._engine = Engine(self._program.module, optimiser, config)
         return count
@@ -236,7 +244,7 @@ class LearnerRank:
 
     def encode(self, model: Path, dataset: Path, work: tuple[list[int], frozenset[str]], out: Path) -> LatentSums:
         """Encodes this rank's share of the training split (between stages: no engine needed)."""
-        return encode_records(model, RecordDataset(dataset, "train"), *work, out)
+        return encode_records(model, RecordDataset(dataset, "train"), *work, out, self._device)
 
     def _rl_program(self) -> RlProgram:
         assert isinstance(self._program, RlProgram)
@@ -267,7 +275,7 @@ class LearnerGroup:
     def _start(self) -> None:
         config, role = self._config, self._config.learner
         actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(LearnerRank)
-        self._ranks = [actor.remote(rank, role.threads) for rank in range(self.world)]
+        self._ranks = [actor.remote(rank, role.threads, role.gpus) for rank in range(self.world)]
         entering = [enter(rank, f"learner-{number}") for number, rank in enumerate(self._ranks)]
         for said in wait_all(entering, "learner ranks to start", self._deadline):
             admit(said)

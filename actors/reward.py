@@ -17,6 +17,7 @@ from PIL import Image
 
 from actors.cluster import ClusterConfig
 from actors.crew import Crew, Notify, Work, unheard
+from actors.devices import own_device
 from actors.isolation import ScorerPool, isolated_terms
 from actors.rollout import Group
 from actors.waiting import wait_futures
@@ -66,14 +67,14 @@ class MeasuredHere:
 class RewardActor:
     """Scores groups by the terms that share its process; made into a Ray actor by :class:`RewardPool`."""
 
-    def __init__(self, config: RewardConfig, threads: int) -> None:
+    def __init__(self, config: RewardConfig, threads: int, gpus: float = 0.0) -> None:
         torch.set_num_threads(threads)
-        self._config = config
+        self._config, self._device = config, own_device(gpus)
         self._scorers = {t.name: build(t.source, t.params) for t in config.terms if not t.own_process}
 
     def score(self, pixels: GroupPixels) -> list[Scores]:
         """Scores every member of a group by the terms active for its task."""
-        return score_terms(self._config, self._scorers, pixels)
+        return score_terms(self._config, self._scorers, pixels, self._device)
 
     def store(self, path: Path, step: int, names: Sequence[str], *groups: GroupPixels) -> None:
         """Writes groups to a file of stored rollouts."""
@@ -216,7 +217,7 @@ class RewardPool:
         actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RewardActor)
         self.crew = Crew(
             "reward",
-            lambda: actor.remote(rewards, role.threads),
+            lambda: actor.remote(rewards, role.threads, role.gpus),
             role.actors,
             replacements=config.replacements,
             deadline_s=config.deadline_s,

@@ -22,6 +22,7 @@ import torch
 from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.crew import Crew, Notify, Work, unheard
+from actors.devices import own_device
 from common.errors import ActorError
 from common.role_logs import recorded
 from data.records import RecordDataset
@@ -83,13 +84,13 @@ class RolloutSetup:
 class RolloutActor:
     """Samples groups; made into a Ray actor by :class:`RolloutPool`."""
 
-    def __init__(self, setup: RolloutSetup, threads: int) -> None:
+    def __init__(self, setup: RolloutSetup, threads: int, gpus: float = 0.0) -> None:
         torch.set_num_threads(threads)
-        self._setup = setup
+        self._setup, self._device = setup, own_device(gpus)
         start = setup.start
-        self._model = starting_policy(start.policy, start.lora, start.seed).eval().requires_grad_(False)
-        self._codec = LatentCodec(load_vae(start.policy), sight_for(self._model))
-        self._text = open_encoder(start.policy)
+        self._model = self._at_rest(starting_policy(start.policy, start.lora, start.seed))
+        self._codec = LatentCodec(load_vae(start.policy).to(self._device), sight_for(self._model, self._device))
+        self._text = open_encoder(start.policy, device=self._device)
         self._splits: dict[str, RecordDataset] = {}
         self._version, self._held = -1, ""
 
@@ -101,7 +102,7 @@ class RolloutActor:
 
     def load_folder(self, model: Path) -> str:
         """Takes the transformer of a policy folder (evaluation) and answers with its digest."""
-        self._model = load_transformer(model).eval().requires_grad_(False)
+        self._model = self._at_rest(load_transformer(model))
         self._held, self._version = digest(self._model.state_dict()), -1
         return self._held
 
@@ -129,7 +130,7 @@ class RolloutActor:
         sample = record.decode()
         task = get_task(record.task)
         inputs_NCHW = self._codec.encode_stack(sample.inputs, *sample.targets_LCHW.shape[-2:])
-        text_TD = self._text.encode(record.prompt, sample.inputs).float()
+        text_TD = self._text.encode(record.prompt, sample.inputs).float().to(self._device)
         shape = (len(task.targets), self._codec.channels, *inputs_NCHW.shape[2:])
         seeds = (setup.seed, request.step, request.group)
 
@@ -142,11 +143,11 @@ class RolloutActor:
         if recording.window:
             window = setup.sampling.window_steps(setup.seed, request.step - 1, request.group)
         trained = tuple(window) or training_times(seeds, recording.times, schedule.steps)
-        with computing(setup.precision):
+        with computing(setup.precision, self._device.type):
             result = denoise(
                 self._model,
                 Condition(inputs_NCHW[None], text_TD[None]).expand(request.members),
-                noise("initial", setup.share_noise),
+                noise("initial", setup.share_noise).to(self._device),
                 schedule.sigmas(),
                 window,
                 setup.kernel,
@@ -167,12 +168,12 @@ class RolloutActor:
         trajectory = GroupTrajectory(
             key=seeds,
             steps=trained,
-            inputs_NCHW=inputs_NCHW.numpy(),
-            text_TD=text_TD.numpy(),
-            window_GWMCHW=result.window_BWMCHW.numpy(),
-            log_probs_GW=result.log_probs_BW.numpy(),
-            clean_GMCHW=result.latents_BMCHW.numpy(),
-            means_GWMCHW=result.means_BWMCHW.numpy() if recording.means else None,
+            inputs_NCHW=inputs_NCHW.cpu().numpy(),
+            text_TD=text_TD.cpu().numpy(),
+            window_GWMCHW=result.window_BWMCHW.cpu().numpy(),
+            log_probs_GW=result.log_probs_BW.cpu().numpy(),
+            clean_GMCHW=result.latents_BMCHW.cpu().numpy(),
+            means_GWMCHW=result.means_BWMCHW.cpu().numpy() if recording.means else None,
         )
         return meta, trajectory, self._pixels(record, layers, sample)
 
@@ -196,10 +197,13 @@ class RolloutActor:
             name=record.id,
             task=record.task,
             prompt=record.prompt,
-            layers_GLCHW=layers_GLCHW.contiguous().numpy(),
+            layers_GLCHW=layers_GLCHW.contiguous().cpu().numpy(),
             targets_LCHW=sample.targets_LCHW.numpy(),
             inputs=tuple(image.numpy() for image in sample.inputs),
         )
+
+    def _at_rest(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model.eval().requires_grad_(False).to(self._device)
 
     def _split(self, name: str) -> RecordDataset:
         if name not in self._splits:
@@ -228,7 +232,7 @@ class RolloutPool:
         self._weights: Weights | None = None
         self.crew = Crew(
             "rollout",
-            lambda: actor.remote(setup, role.threads),
+            lambda: actor.remote(setup, role.threads, role.gpus),
             role.actors,
             replacements=config.replacements,
             deadline_s=config.deadline_s,

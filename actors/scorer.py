@@ -24,9 +24,12 @@ class ScorerActor:
     Nothing in it may name one of our modules outside a function body: see above.
     """
 
-    def __init__(self, name: str, source: str, params: dict[str, Any], threads: int, folders: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, source: str, params: dict[str, Any], threads: int, folders: Sequence[str], gpus: float = 0.0
+    ) -> None:
         """``folders``: what the runtime_env makes importable besides what Ray unpacks itself."""
         self._name, self._source, self._params = name, source, params
+        self._gpus, self._device = gpus, "cpu"
         self._threads, self._folders = threads, folders
         self._scorer: Any = None
 
@@ -42,11 +45,13 @@ class ScorerActor:
         """
         import torch
 
+        from actors.devices import own_device
         from common.errors import OmniAlphaError
         from common.role_logs import recording
         from rewards.base import build
 
         torch.set_num_threads(self._threads)
+        self._device = str(own_device(self._gpus))
         try:
             self._scorer = recording("start", build)(self._source, self._params)
         except OmniAlphaError as error:
@@ -57,9 +62,8 @@ class ScorerActor:
         from common.role_logs import recording
         from rewards.base import reward_batch, run_scorer
 
-        return recording("score", run_scorer)(
-            self._name, self._scorer, reward_batch(pixels if place is None else pixels[place])
-        )
+        batch = reward_batch(pixels if place is None else pixels[place], self._device)
+        return recording("score", run_scorer)(self._name, self._scorer, batch)
 
 
 def import_ours_first(folders: Sequence[str]) -> None:

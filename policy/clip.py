@@ -53,11 +53,15 @@ class Clip:
 
     @torch.no_grad()
     def similarity(self, images_N3HW: Tensor, text: str) -> Tensor:
-        """Cosine between each RGB image in [0, 1] and the text, (N,) in [−1, 1]; a longer text is cut."""
+        """Cosine between each RGB image in [0, 1] and the text, (N,) in [−1, 1]; a longer text is cut.
+
+        The model follows the images to their device.
+        """
+        device = images_N3HW.device
         tokens: Any = self._tokenizer([text], return_tensors="pt", truncation=True, max_length=self._words)
-        found = self._model(
-            input_ids=tokens["input_ids"],
-            attention_mask=tokens["attention_mask"],
+        found = self._model.to(device)(
+            input_ids=tokens["input_ids"].to(device),
+            attention_mask=tokens["attention_mask"].to(device),
             pixel_values=self._pixels(images_N3HW),
         )
         return F.cosine_similarity(found.image_embeds, found.text_embeds)
@@ -69,7 +73,8 @@ class Clip:
         size = (max(self._side, round(height * scale)), max(self._side, round(width * scale)))
         scaled = F.interpolate(images_N3HW, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
         top, left = (size[0] - self._side) // 2, (size[1] - self._side) // 2
-        return (scaled[..., top : top + self._side, left : left + self._side] - self._mean) / self._std
+        middle = scaled[..., top : top + self._side, left : left + self._side]
+        return (middle - self._mean.to(middle)) / self._std.to(middle)
 
 
 @lru_cache(maxsize=2)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +27,8 @@ class ConditionEncoder(Protocol):
     """Prompt and pictures -> states."""
 
     def encode(self, prompt: str, inputs: Sequence[Tensor] = ()) -> Tensor:
-        """States (T, D) of a prompt with its pictures, each (4, H, W) in [0, 1] and of any size."""
+        """States (T, D) of a prompt with its pictures, each (4, H, W) in [0, 1] and of any size; where the encoder
+        computes."""
         ...
 
 
@@ -47,7 +49,8 @@ class ConditionCache:
         return self.lookup(prompt, [image_digest(to_uint8_hwc(image)) for image in inputs], lambda: inputs)
 
     def lookup(self, prompt: str, digests: Sequence[str], inputs: Callable[[], Sequence[Tensor]]) -> Tensor:
-        """As :meth:`encode`, for pictures that are named by their pixel digest and decoded only where they are needed.
+        """As :meth:`encode`, for pictures that are named by their pixel digest and decoded only where they are needed;
+        in host memory.
 
         Raises:
             CheckpointError: a file of the cache is damaged.
@@ -60,7 +63,7 @@ class ConditionCache:
                 return load_file(path)["states"]
             except (SafetensorError, OSError, KeyError) as error:
                 raise CheckpointError(f"{path}: damaged ({error}); remove it, it is made anew") from None
-        states = self._encoder.encode(prompt, inputs())
+        states = self._encoder.encode(prompt, inputs()).cpu()
         # Written under a name of its own: several ranks may meet the same prompt at once.
         temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
         with storage_errors(path):
@@ -69,9 +72,11 @@ class ConditionCache:
         return states
 
 
-def open_encoder(folder: Path | None, cache: Path | None = None) -> ConditionEncoder:
-    """The encoder that a policy folder's transformer listens to: the base's own, kept in ``cache`` where that is given,
-    or else the text encoder of the package, which is fast enough without.
+def open_encoder(
+    folder: Path | None, cache: Path | None = None, device: torch.device | str = "cpu"
+) -> ConditionEncoder:
+    """The encoder that a policy folder's transformer listens to: the base's own on ``device``, kept in ``cache`` where
+    that is given, or else the text encoder of the package, which is fast enough without either.
 
     Raises:
         CheckpointError: the base's encoder cannot be loaded.
@@ -80,5 +85,5 @@ def open_encoder(folder: Path | None, cache: Path | None = None) -> ConditionEnc
         return TextEncoder()
     from policy.qwen import QwenEncoder  # slow to import, and only bases need it
 
-    encoder = QwenEncoder(folder)
+    encoder = QwenEncoder(folder, device)
     return encoder if cache is None else ConditionCache(encoder, encoder.identity(), cache)

@@ -168,16 +168,21 @@ class EfficientNetLite0(nn.Module):
         self.classifier.load_state_dict({"weight": state["_fc.weight"], "bias": state["_fc.bias"]})
 
 
-@lru_cache(maxsize=2)
-def load_efficientnet(weights: Path | None = None) -> EfficientNetLite0:
-    """The network in evaluation mode, one copy per process.
+def load_efficientnet(weights: Path | None = None, device: torch.device | str = "cpu") -> EfficientNetLite0:
+    """The network in evaluation mode, one copy per process and device.
 
     Args:
         weights: file with the package's names (safetensors, or .pth of plain tensors); None takes the package's.
+        device: where it computes.
 
     Raises:
         ConfigError: the package or file is missing, or holds other weights.
     """
+    return _efficientnet(weights, torch.device(device))
+
+
+@lru_cache(maxsize=4)
+def _efficientnet(weights: Path | None, device: torch.device) -> EfficientNetLite0:
     try:
         path = weights or Path(str(files(EFFICIENTNET_PACKAGE) / "models" / EFFICIENTNET_FILE))
     except ModuleNotFoundError:
@@ -195,7 +200,7 @@ def load_efficientnet(weights: Path | None = None) -> EfficientNetLite0:
         ) from None
     # Twice as fast on the CPU in this order.
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -88,9 +88,9 @@ class GroupTrajectory:
         single = Condition(torch.tensor(self.inputs_NCHW)[None], torch.tensor(self.text_TD)[None])
         return single.expand(len(self.clean_GMCHW))
 
-    def states(self, place: int) -> torch.Tensor:
+    def states(self, place: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Window state ``place`` of every member, (G, M, C, H, W) float32."""
-        return torch.tensor(self.window_GWMCHW[:, place]).float()
+        return torch.tensor(self.window_GWMCHW[:, place]).float().to(device)
 
 
 @dataclass(frozen=True)

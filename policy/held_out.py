@@ -21,19 +21,20 @@ def sample_records(
     schedule: ScheduleConfig,
     seed: int,
 ) -> list[tuple[Sample, torch.Tensor]]:
-    """One deterministic ODE sample for each record: (its own images, sampled layers_LCHW in [0, 1]).
+    """One deterministic ODE sample for each record: (its own images, sampled layers_LCHW in [0, 1]), in host memory.
 
     The noise of a record follows from ``seed`` and its id, so two policies start from the same noise.
 
     Args:
-        model: the transformer, or an engine that forwards to it.
+        model: the transformer, or an engine that forwards to it, on the codec's device.
         records: of one task and one size.
     """
     samples = [record.decode() for record in records]
     inputs = torch.stack([codec.encode_stack(s.inputs, *s.targets_LCHW.shape[-2:]) for s in samples])
-    states = [encoder.encode(r.prompt, s.inputs).float() for r, s in zip(records, samples, strict=True)]
+    states = [encoder.encode(r.prompt, s.inputs).float().cpu() for r, s in zip(records, samples, strict=True)]
     text, mask = pad_states(states)
     shape = (len(get_task(records[0].task).targets), codec.channels, *inputs.shape[3:])
     initial = torch.stack([member_noise(shape, seed, 0, 0, 0, f"evaluate {record.id}") for record in records])
-    result = denoise(model, Condition(inputs, text, mask), initial, schedule.sigmas(), solver=schedule.solver)
-    return list(zip(samples, codec.decode_stacks(result.latents_BMCHW), strict=True))
+    condition, start = Condition(inputs, text, mask).to(codec.device), initial.to(codec.device)
+    result = denoise(model, condition, start, schedule.sigmas(), solver=schedule.solver)
+    return list(zip(samples, codec.decode_stacks(result.latents_BMCHW).cpu(), strict=True))

@@ -90,17 +90,22 @@ def split_work(data: RecordDataset, workers: int) -> list[tuple[list[int], froze
 
 
 def encode_records(
-    model: Path, data: RecordDataset, indices: Sequence[int], owned: frozenset[str], out: Path
+    model: Path,
+    data: RecordDataset,
+    indices: Sequence[int],
+    owned: frozenset[str],
+    out: Path,
+    device: torch.device | str = "cpu",
 ) -> LatentSums:
     """Encodes the owned images of some records into the shard ``out``; those of further sizes into shards beside it."""
-    vae = load_vae(model).eval()
+    vae = load_vae(model).eval().to(device)
     latents: dict[str, torch.Tensor] = {}
     by_size: dict[torch.Size, dict[str, torch.Tensor]] = {}  # waiting to be encoded together
 
     def flush(waiting: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
-            means = posterior_means(vae, torch.stack(list(waiting.values())))
-        latents.update(zip(waiting, means.to(torch.float16), strict=True))
+            means = posterior_means(vae, torch.stack(list(waiting.values())).to(device))
+        latents.update(zip(waiting, means.to("cpu", torch.float16), strict=True))
         waiting.clear()
 
     for index in indices:

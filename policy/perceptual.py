@@ -36,6 +36,8 @@ _PIXELS_AT_ONCE: dict[Network, int] = {"efficientnet_lite0": 2**20, "lpips_vgg":
 
 _LENGTH_EPS = 1e-10
 
+HOST = torch.device("cpu")
+
 # Output channels of VGG16's convolutions. Features are taken at the end of each run; pooling halves the sides between.
 _VGG = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _VGG_NAME = re.compile(r"(?:^|\.)(?:features|slice[1-5])\.(\d+)\.(weight|bias)$")
@@ -91,11 +93,11 @@ class PerceptualDistance:
 
     @torch.no_grad()
     def __call__(self, predictions_GX3HW: Tensor, truths_X3HW: Tensor) -> Tensor:
-        """Distances (G, X) float64 of G predictions to each of X truths, RGB in [0, 1].
+        """Distances (G, X) float64 of G predictions to each of X truths, RGB in [0, 1], computed where they lie.
 
         The features of a truth are computed once for all its predictions.
         """
-        stack, weights = _load(self.network, self.weights)
+        stack, weights = _load(self.network, self.weights, truths_X3HW.device)
         height, width = self.size(*truths_X3HW.shape[-2:])
         at_once = max(1, _PIXELS_AT_ONCE[self.network] // (height * width))
         columns = []
@@ -106,12 +108,12 @@ class PerceptualDistance:
                 for some in predictions_G3HW.split(at_once)
             ]
             columns.append(torch.cat(parts))
-        return torch.stack(columns, dim=1)
+        return torch.stack(columns, dim=1).to(truths_X3HW.device)
 
     def paired(self, images_N3HW: Tensor, truths_N3HW: Tensor) -> Tensor:
         """Distances (N,) of images to their own truths, RGB in [0, 1], with gradient to the images; float32 also under
         autocast."""
-        stack, weights = _load(self.network, self.weights)
+        stack, weights = _load(self.network, self.weights, truths_N3HW.device)
         size = self.size(*truths_N3HW.shape[-2:])
         with torch.autocast(images_N3HW.device.type, enabled=False):
             with torch.no_grad():
@@ -119,7 +121,7 @@ class PerceptualDistance:
             predicted = _unit_stages(stack, resized(images_N3HW.float(), *size))
             return sum(
                 (
-                    ((stage - truth).square().mean(dim=(2, 3)) * torch.as_tensor(weight)).sum(dim=1)
+                    ((stage - truth).square().mean(dim=(2, 3)) * torch.as_tensor(weight).to(stage)).sum(dim=1)
                     for stage, truth, weight in zip(predicted, true, weights, strict=True)
                 ),
                 torch.zeros(len(images_N3HW), device=images_N3HW.device),
@@ -162,8 +164,8 @@ class Vgg16(nn.Module):
         return tuple(stages)
 
 
-@lru_cache(maxsize=2)
-def load_vgg(weights: Path) -> tuple[Vgg16, tuple[Tensor, ...]]:
+@lru_cache(maxsize=4)
+def load_vgg(weights: Path, device: torch.device = HOST) -> tuple[Vgg16, tuple[Tensor, ...]]:
     """VGG16 and LPIPS's channel weights from a file.
 
     The file holds VGG16's convolutions by the names of torchvision (``features.0.weight``, …) or of LPIPS
@@ -193,7 +195,7 @@ def load_vgg(weights: Path) -> tuple[Vgg16, tuple[Tensor, ...]]:
             f"weights {weights}: not those of VGG16 or LPIPS-VGG ({reason}); save the state_dict() of torchvision's "
             "vgg16 with ImageNet weights, or of lpips.LPIPS(net='vgg')"
         ) from None
-    return network.eval().requires_grad_(False), heads
+    return network.to(device).eval().requires_grad_(False), heads
 
 
 def _heads(state: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -205,17 +207,19 @@ def _bundled_heads() -> Path:
     return Path(str(files("torchmetrics") / "functional" / "image" / "lpips_models" / "vgg.pth"))
 
 
-def _load(network: Network, weights: Path | None) -> tuple[nn.Module, Sequence[Tensor | float]]:
-    """The network and, per stage, its channels' weights (or one for all)."""
+def _load(
+    network: Network, weights: Path | None, device: torch.device = HOST
+) -> tuple[nn.Module, Sequence[Tensor | float]]:
+    """The network on a device and, per stage, its channels' weights (or one for all) in host memory."""
     if network == "lpips_vgg":
         if weights is None:
             raise ConfigError(
                 "perceptual network lpips_vgg needs `weights`: the path of a file with VGG16's ImageNet weights; none "
                 "comes with the project, efficientnet_lite0 brings its own"
             )
-        return load_vgg(weights)
+        return load_vgg(weights, device)
     # Half the squared distance of unit vectors is 1 − cosine; the mean over five stages.
-    return load_efficientnet(weights), [0.5 / 5] * 5
+    return load_efficientnet(weights, device), [0.5 / 5] * 5
 
 
 def _unit_stages(stack: nn.Module, images_N3HW: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ or an engine wrapped round it), divides the loss sums by the global count and st
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,14 +22,15 @@ from data.rgba import draw_grid, layer_rows
 from data.sampler import Draw
 from data.seeding import seed_for
 from policy.adapters import LoraConfig
-from policy.conditions import ConditionCache, open_encoder
+from policy.conditions import ConditionCache, ConditionEncoder, open_encoder
 from policy.dit import DitConfig, build_dit, velocity
 from policy.folder import export_policy, load_vae, starting_policy
 from policy.held_out import sample_records
 from policy.latents import LatentCache
 from policy.objectives import flow_matching_pair, shifted_times
+from policy.sampling import Condition
 from policy.schedule import ScheduleConfig
-from policy.sight import sight_for
+from policy.sight import Sight, sight_for
 from policy.text import TEXT_DIM, pad_states
 from policy.vae import LatentCodec, latent_channels
 
@@ -46,9 +48,15 @@ class MicroLoss:
 
 
 class Program(Protocol):
-    """The contract between a learner rank and what it trains."""
+    """The contract between a learner rank and what it trains.
+
+    Random numbers are drawn in host memory, so that they do not depend on the device, and inputs are moved to it.
+    """
 
     module: torch.nn.Module
+
+    def place(self, device: torch.device) -> None:
+        """Moves the module, and whatever of its own the program computes with beside it."""
 
     def micro_batches(self, payload: Any, extra: Any) -> Sequence[Any]:
         """Splits one work item (with its small companion, such as advantages) into micro-batches, one backward each."""
@@ -102,8 +110,21 @@ class SftProgram:
         statistics = self._vae.config
         self._cache = LatentCache(vae_stage / "latents", statistics.latents_mean, statistics.latents_std)
         self._dataset, self._data = dataset, RecordDataset(dataset, "train")
-        self._text = open_encoder(start, vae_stage / "conditions")
-        self._sight = sight_for(transformer)
+        self._conditions = vae_stage / "conditions"
+        self._device = transformer.device
+
+    def place(self, device: torch.device) -> None:
+        self._device = device
+        self.module.to(device)
+        self._vae.to(device)
+
+    @cached_property
+    def _text(self) -> ConditionEncoder:  # not in the constructor: a real base's is large, and its device known later
+        return open_encoder(self._start, self._conditions, self._device)
+
+    @cached_property
+    def _sight(self) -> Sight | None:
+        return sight_for(self.module, self._device)
 
     def micro_batches(self, payload: Batch, extra: None = None) -> Sequence[Batch]:
         return (payload,)
@@ -119,8 +140,16 @@ class SftProgram:
         prompts = ["" if drop else self._data.prompt(i) for i, drop in zip(indices, dropped, strict=True)]
         text, mask = pad_states([self._states(i, prompt) for i, prompt in zip(indices, prompts, strict=True)])
         noisy, target = flow_matching_pair(clean, noise, times)
-        output = velocity(model, noisy, times, torch.stack(inputs), text, mask)
-        errors_B = ((output.float() - target) ** 2).flatten(1).mean(1)
+        condition = Condition(torch.stack(inputs), text, mask).to(self._device)
+        output = velocity(
+            model,
+            noisy.to(self._device),
+            times.to(self._device),
+            condition.inputs_BNCHW,
+            condition.text_BTD,
+            condition.text_mask_BT,
+        )
+        errors_B = ((output.float() - target.to(self._device)) ** 2).flatten(1).mean(1)
         return MicroLoss(errors_B.sum(), len(indices), {"mse": float(errors_B.detach().sum())})
 
     def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:

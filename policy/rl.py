@@ -91,6 +91,14 @@ class RlProgram:
             add_reference(self.module)
         elif kl:
             self._frozen = deepcopy(self.module).requires_grad_(False)
+        self._device = self.module.device
+
+    def place(self, device: torch.device) -> None:
+        """As :class:`policy.programs.Program` wants it."""
+        self._device = device
+        self.module.to(device)
+        if self._frozen is not None:
+            self._frozen.to(device)
 
     def begin_batch(self, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Called on every rank before the first update on a batch of rollouts."""
@@ -122,19 +130,20 @@ class GrpoProgram(RlProgram):
 
     def loss(self, model: torch.nn.Module, micro: RlMicro) -> MicroLoss:
         group, advantages_G, place = micro
-        advantages = torch.tensor(advantages_G, dtype=torch.float32)
+        advantages = torch.tensor(advantages_G, dtype=torch.float32).to(self._device)
         kept = ~advantages.isnan()
         config, step = self._config, group.steps[place]
-        states, sigma = group.states(place), self._sigmas[step]
+        states, sigma = group.states(place, self._device), self._sigmas[step]
         if config.kl:  # first: it switches adapters, which must not touch the graph of the trained one
             reference = self._transition(states, self._reference(model, group, states, sigma), step)
         # Every member is forwarded, also those without a score: the ratio is exact only at the rollout's batch shape.
         move = self._transition(states, _velocity(model, group, states, sigma), step)
-        log_ratios = move.log_prob(group.states(place + 1)) - torch.tensor(group.log_probs_GW[:, place])
+        log_probs = move.log_prob(group.states(place + 1, self._device))
+        log_ratios = log_probs - torch.tensor(group.log_probs_GW[:, place]).to(self._device)
         shown, scale = log_ratios.detach()[kept].double(), 1.0
         if config.guard:
             assert group.means_GWMCHW is not None
-            drift = standard_kl(move.mean, torch.tensor(group.means_GWMCHW[:, place]), move.scale)
+            drift = standard_kl(move.mean, torch.tensor(group.means_GWMCHW[:, place]).to(move.mean), move.scale)
             log_ratios, scale = guarded_log_ratio(log_ratios, drift, move.scale), 1 / (sigma - self._sigmas[step + 1])
         result = clipped_loss(log_ratios[kept], advantages[kept], config.clip_range)
         losses, ratios = result.losses_B * scale, result.ratios_B
@@ -157,11 +166,12 @@ class GrpoProgram(RlProgram):
         """The group with this model's own log-probabilities and means, and the largest |ratio − 1| to the delivered."""
         moves = []
         for place, step in enumerate(group.steps):
-            states = group.states(place)
+            states = group.states(place, self._device)
             moves.append(self._transition(states, _velocity(model, group, states, self._sigmas[step]), step))
-        log_probs = torch.stack([move.log_prob(group.states(place + 1)) for place, move in enumerate(moves)], 1)
+        after = (group.states(place + 1, self._device) for place in range(len(moves)))
+        log_probs = torch.stack([move.log_prob(state) for move, state in zip(moves, after, strict=True)], 1).cpu()
         error = float(((log_probs - torch.tensor(group.log_probs_GW)).exp() - 1).abs().max())
-        means = torch.stack([move.mean for move in moves], 1).numpy() if self._config.guard else None
+        means = torch.stack([move.mean for move in moves], 1).cpu().numpy() if self._config.guard else None
         return replace(group, log_probs_GW=log_probs.numpy(), means_GWMCHW=means), error
 
     def _transition(self, states: torch.Tensor, velocity_GMCHW: torch.Tensor, step: int) -> Transition:
@@ -181,6 +191,10 @@ class NftProgram(RlProgram):
         self._config, self._sigmas = config, tuple(sigmas)
         self._old = deepcopy(self.module).requires_grad_(False)
 
+    def place(self, device: torch.device) -> None:
+        super().place(device)
+        self._old.to(device)
+
     def begin_batch(self, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         # With an adapter only its tensors come, so that names may be missing, but none may be unknown.
         unknown = self._old.load_state_dict(dict(weights()), strict=False).unexpected_keys
@@ -188,11 +202,12 @@ class NftProgram(RlProgram):
 
     def loss(self, model: torch.nn.Module, micro: RlMicro) -> MicroLoss:
         group, advantages_G, place = micro
-        advantages = torch.tensor(advantages_G, dtype=torch.float32)
+        advantages = torch.tensor(advantages_G, dtype=torch.float32).to(self._device)
         kept = ~advantages.isnan()
         config, time = self._config, self._sigmas[group.steps[place]]
-        clean = torch.tensor(group.clean_GMCHW)
+        clean = torch.tensor(group.clean_GMCHW).to(self._device)
         noise = torch.stack([member_noise(clean.shape[1:], *group.key, g, f"nft {place}") for g in range(len(clean))])
+        noise = noise.to(clean)
         noisy = (1 - time) * clean + time * noise
         if config.kl:
             reference = self._reference(model, group, noisy, time)
@@ -218,7 +233,7 @@ def training_times(key: tuple[int, int, int], times: int, steps: int) -> tuple[i
 
 
 def _velocity(model: torch.nn.Module, group: GroupTrajectory, states: torch.Tensor, sigma: float) -> torch.Tensor:
-    condition = group.condition()
-    times = torch.full((len(states),), sigma)
+    condition = group.condition().to(states.device)
+    times = torch.full((len(states),), sigma, device=states.device)
     # Losses and densities are computed in float32, whatever the model computed in.
     return velocity(model, states, times, condition.inputs_BNCHW, condition.text_BTD, condition.text_mask_BT).float()

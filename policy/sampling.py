@@ -32,6 +32,16 @@ class Condition:
             inputs = [image.expand(count, -1, -1, -1) for image in self.inputs_BNCHW]
         return Condition(inputs, self.text_BTD.expand(count, -1, -1), mask)
 
+    def to(self, device: torch.device) -> "Condition":
+        """The same on another device."""
+        mask = None if self.text_mask_BT is None else self.text_mask_BT.to(device)
+        inputs: Stack
+        if isinstance(self.inputs_BNCHW, torch.Tensor):
+            inputs = self.inputs_BNCHW.to(device)
+        else:
+            inputs = [image.to(device) for image in self.inputs_BNCHW]
+        return Condition(inputs, self.text_BTD.to(device), mask)
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -79,9 +89,10 @@ def denoise(
     """Integrates from noise at σ = 1 to clean latents.
 
     Args:
-        initial_BMCHW: standard normal latents.
+        initial_BMCHW: standard normal latents. They, the condition and the model lie on one device.
         sigmas: N + 1 noise levels, falling to 0.
-        window: steps taken by ``kernel`` with ``noise(step)`` (B, M, C, H, W) instead of the ODE.
+        window: steps taken by ``kernel`` with ``noise(step)`` (B, M, C, H, W) from any device
+            instead of the ODE.
         storage: dtype in which window states are kept. States are rounded to it before their density is computed,
             so a replay of the stored states meets exactly the same numbers.
         solver: of the ODE steps. A step after a stochastic one is of first order: the noise broke the history.

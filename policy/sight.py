@@ -22,17 +22,19 @@ KEPT_BYTES = 768 * 2**20
 """Memory for what was seen; an image of 64 pixels takes 45 kB, one of 512 pixels 2.9 MB."""
 
 
-def sight_for(transformer: QwenImageTransformer2DModel) -> "Sight | None":
+def sight_for(transformer: QwenImageTransformer2DModel, device: torch.device | str = "cpu") -> "Sight | None":
     """What a transformer wants beside latents, None where it sees nothing but them."""
-    return Sight() if transformer.config.in_channels > transformer.config.out_channels * PATCH**2 else None
+    sees = transformer.config.in_channels > transformer.config.out_channels * PATCH**2
+    return Sight(device=device) if sees else None
 
 
 class Sight:
     """Features of images by EfficientNet-Lite0, remembered by the digest of their pixels."""
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
-        """A network that has seen nothing yet and may remember that much."""
-        self._network = load_efficientnet()
+    def __init__(self, kept_bytes: int = KEPT_BYTES, device: torch.device | str = "cpu") -> None:
+        """A network that has seen nothing yet and may remember that much, in host memory, wherever it computes."""
+        self._device = torch.device(device)
+        self._network = load_efficientnet(device=self._device)
         self._known: OrderedDict[str, list[Tensor]] = OrderedDict()
         self._free = kept_bytes
 
@@ -60,11 +62,11 @@ class Sight:
     @torch.no_grad()
     def _levels(self, image_4HW: Tensor) -> list[Tensor]:
         colour, alpha = image_4HW[:3], image_4HW[3:]
-        on_white = (colour * alpha + 1 - alpha).float()[None]
+        on_white = (colour * alpha + 1 - alpha).float()[None].to(self._device)
         # One image at a time and in float32, whatever the caller computes in: the same in training and in sampling.
         with torch.autocast(on_white.device.type, enabled=False):
             enlarged = F.interpolate(on_white, scale_factor=float(ENLARGED), mode="bicubic").clamp(0, 1)
-            return [level[0].half() for level in self._network.projections(enlarged)[2:]]
+            return [level[0].half().cpu() for level in self._network.projections(enlarged)[2:]]
 
 
 def _size(levels: Sequence[Tensor]) -> int:

@@ -172,6 +172,11 @@ class LatentCodec:
         self._mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1)
         self._std = torch.tensor(vae.config.latents_std).view(-1, 1, 1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the VAE computes and latents leave it."""
+        return self.vae.device
+
     @staticmethod
     def factor_of(vae: ImageVae) -> int:
         """Pixels along a side of one latent."""
@@ -181,15 +186,18 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, layers_BCHW: torch.Tensor) -> torch.Tensor:
-        """(B, 4, H, W) in [0, 1] → posterior means (B, C, H/f, W/f), normalised."""
-        mean = posterior_means(self.vae, layers_BCHW)
+        """(B, 4, H, W) in [0, 1], on any device → posterior means (B, C, H/f, W/f), normalised."""
+        mean = posterior_means(self.vae, layers_BCHW.to(self.device))
         return (mean - self._mean.to(mean)) / self._std.to(mean)
 
     def encode_stack(self, images: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:
         """Latents (N, C, height/f, width/f) of N input images (4, height, width), with sight's channels; N may be 0."""
         size = height // self.factor, width // self.factor
-        latents_NCHW = self.encode(torch.stack(list(images))) if images else torch.zeros(0, self.channels, *size)
-        return latents_NCHW if self._sight is None else torch.cat([latents_NCHW, self._sight.of(images, *size)], 1)
+        none = torch.zeros(0, self.channels, *size, device=self.device)
+        latents_NCHW = self.encode(torch.stack(list(images))) if images else none
+        if self._sight is None:
+            return latents_NCHW
+        return torch.cat([latents_NCHW, self._sight.of(images, *size).to(latents_NCHW)], 1)
 
     def decode_stacks(self, latents_BMCHW: torch.Tensor) -> torch.Tensor:
         """Layers (B, M, 4, H, W) of B stacks of M latents."""

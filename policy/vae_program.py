@@ -115,13 +115,13 @@ class VaeForward(torch.nn.Module):
         """Reconstruction and posterior of the pixels in [−1, 1], and the posterior of ``encode_NCHW``."""
         latents = posterior(self.vae, pixels_BCHW)
         generator = torch.Generator().manual_seed(noise_seed)
-        noise = torch.randn(latents.mean.shape, generator=generator)
+        noise = torch.randn(latents.mean.shape, generator=generator).to(latents.mean)
         output = reconstruction(self.vae, latents.mean + latents.std * noise)
         also = None if encode_NCHW is None else posterior(self.vae, encode_NCHW).parameters
         found = (output.float(), latents.mean.float(), latents.logvar.float(), also)
         if self.critic is None:
             return VaeOutput(*found)
-        colour = torch.rand(len(pixels_BCHW), 3, 1, 1, generator=generator)
+        colour = torch.rand(len(pixels_BCHW), 3, 1, 1, generator=generator).to(pixels_BCHW)
         shown, truth = (_on(image, colour) for image in (found[0], pixels_BCHW))
         fixed = {name: value.detach() for name, value in self.critic.named_parameters()}
         fooling = -torch.func.functional_call(self.critic, fixed, (shown,)).float().mean()
@@ -162,6 +162,14 @@ class VaeProgram:
         self._reference = _encoder_of(vae) if config.reference else None
         self._distance = PerceptualDistance(config.network, config.weights) if config.perceptual else None
 
+        self._device = vae.device
+
+    def place(self, device: torch.device) -> None:
+        self._device = device
+        self.module.to(device)
+        if self._reference is not None:
+            self._reference.to(device)
+
     def micro_batches(self, payload: Batch, extra: None = None) -> Sequence[Batch]:
         return (payload,)
 
@@ -171,7 +179,7 @@ class VaeProgram:
         blends = None if self._reference is None else self._blends(pixels)
         found: VaeOutput = model(pixels, seed, blends)
         output = found.pixels_BCHW.view_as(pixels)  # a tensor of its own, at which gradients may be asked for
-        alpha = torch.ones(()) if self._rgb else (pixels[:, 3:] + 1) / 2
+        alpha = torch.ones((), device=self._device) if self._rgb else (pixels[:, 3:] + 1) / 2
         parts = {
             "blend": (output - pixels).square().mean() if self._rgb else alpha_blend_mse(output, pixels),
             "colour": ((output[:, :3] - pixels[:, :3]).abs() * alpha).mean() / 2,
@@ -187,7 +195,8 @@ class VaeProgram:
         if self._distance is not None:
             shown, truth = ((self._blends(image)[:, :3] + 1) / 2 for image in (output, pixels))
             parts["perceptual"] = self._distance.paired(shown, truth).mean()
-        total = sum((getattr(config, name) * part for name, part in parts.items()), torch.zeros(()))
+        nothing = torch.zeros((), device=self._device)
+        total = sum((getattr(config, name) * part for name, part in parts.items()), nothing)
         stats = {name: float(part.detach()) for name, part in parts.items()}
         if found.fooling is not None:
             assert found.pull is not None and found.real is not None and found.fake is not None  # noqa: PT018
@@ -217,7 +226,7 @@ class VaeProgram:
             image = stack[int(pick.integers(len(stack)))]
             image = image.flip(-1) if pick.random() < 0.5 else image
             images.append(blend(image, torch.tensor(pick.random((3, 1, 1)), dtype=image.dtype)) if self._rgb else image)
-        return torch.stack(images) * 2 - 1, seed
+        return (torch.stack(images) * 2 - 1).to(self._device), seed
 
     def _blends(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """The images on black and on white, opaque, (2B, C, H, W) in [−1, 1]."""

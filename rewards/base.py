@@ -126,16 +126,20 @@ class RewardBatch:
         return tuple(index for index, role in enumerate(self.roles) if role == "background")
 
 
-def reward_batch(pixels: GroupPixels) -> RewardBatch:
-    """A decoded group as scorers see it."""
+def reward_batch(pixels: GroupPixels, device: torch.device | str = "cpu") -> RewardBatch:
+    """A decoded group as scorers see it, on the device that they compute on."""
     task = get_task(pixels.task)
+
+    def there(image: np.ndarray) -> torch.Tensor:
+        return torch.tensor(image).to(device)
+
     return RewardBatch(
         task=pixels.task,
         prompt=pixels.prompt,
         roles=task.targets,
-        layers_GLCHW=torch.tensor(pixels.layers_GLCHW),
-        targets_LCHW=torch.tensor(pixels.targets_LCHW),
-        inputs=tuple(torch.tensor(image) for image in pixels.inputs),
+        layers_GLCHW=there(pixels.layers_GLCHW),
+        targets_LCHW=there(pixels.targets_LCHW),
+        inputs=tuple(there(image) for image in pixels.inputs),
         input_roles=task.inputs,
         group=pixels.name,
     )

@@ -60,8 +60,10 @@ def score_group(config: RewardConfig, scorers: Mapping[str, Scorer], pixels: Gro
     return join_scores(config, score_terms(config, scorers, pixels), f"group {pixels.name}")
 
 
-def score_terms(config: RewardConfig, scorers: Mapping[str, Scorer], pixels: GroupPixels) -> list[Scores]:
-    """Runs those of ``scorers`` that are active for the group's task.
+def score_terms(
+    config: RewardConfig, scorers: Mapping[str, Scorer], pixels: GroupPixels, device: torch.device | str = "cpu"
+) -> list[Scores]:
+    """Runs those of ``scorers`` that are active for the group's task, on layers that lie on ``device``.
 
     Raises:
         ConfigError: no term judges the task.
@@ -70,7 +72,7 @@ def score_terms(config: RewardConfig, scorers: Mapping[str, Scorer], pixels: Gro
     if not active:
         raise ConfigError(f"task {pixels.task!r} has no active reward term; give it weight 0 in grpo.tasks")
     here = [name for name in active if name in scorers]
-    batch = reward_batch(pixels) if here else None
+    batch = reward_batch(pixels, device) if here else None
     return [run_scorer(name, scorers[name], batch) for name in here if batch]
 
 

@@ -77,7 +77,8 @@ class PromptFidelity:
         wanted = _text_encoder().sentence(_wanted(batch, "prompt_fidelity"))
         blends_N3HW = _object_blends(batch).flatten(0, 1)
         with torch.no_grad():
-            seen_NK = load_efficientnet()(resized(blends_N3HW, CLASS_SIDE, CLASS_SIDE)).probabilities_NK
+            network = load_efficientnet(device=blends_N3HW.device)
+            seen_NK = network(resized(blends_N3HW, CLASS_SIDE, CLASS_SIDE)).probabilities_NK.cpu()
         top = seen_NK.reshape(batch.members, 2, -1).mean(dim=1).topk(TOP_CLASSES, dim=1)
         nearness_GT = torch.stack([torch.stack([_name_vector(int(k)) @ wanted for k in row]) for row in top.indices])
         return (top.values * nearness_GT).sum(dim=1) / top.values.sum(dim=1)

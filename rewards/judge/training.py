@@ -90,6 +90,9 @@ class JudgeProgram:
         self._reader, self._templates, self._config, self._seed = reader, templates, config, seed
         self._examples = Examples(RecordDataset(dataset, "train"))
 
+    def place(self, device: torch.device) -> None:
+        self.module.to(device)
+
     def micro_batches(self, payload: Batch, extra: None = None) -> Sequence[Batch]:
         return (payload,)
 
