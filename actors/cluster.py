@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import ray
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actors.processes import driver_versions
 from common.config import StrictConfig
@@ -24,8 +24,9 @@ class RoleConfig(StrictConfig):
     """Number of processes."""
     cpus: float = Field(1.0, gt=0)
     """Ray CPUs reserved by each. Roles that never work at the same time may share a core by fractions."""
-    gpus: float = Field(0.0, ge=0)
-    """Ray GPUs reserved by each; a fraction shares one."""
+    gpus: float = Field(0.0, ge=0, le=1)
+    """Ray GPUs reserved by each, which then computes on it; a fraction shares one, 0 is the CPU. Several learner ranks
+    need more than half of one each: their collectives refuse to share."""
     threads: int = Field(1, ge=1)
     """Torch threads of each."""
 
@@ -52,6 +53,15 @@ class ClusterConfig(StrictConfig):
     without a commit); then the run stops."""
     deadline_s: float = Field(900.0, gt=0)
     """Longest wait for any one piece of work."""
+
+    @model_validator(mode="after")
+    def _ranks_have_gpus_of_their_own(self) -> "ClusterConfig":
+        if self.learner.actors > 1 and 0 < self.learner.gpus <= 0.5:
+            raise ValueError(
+                f"learner.gpus {self.learner.gpus:g} would let two learner ranks share a GPU, which NCCL refuses; give "
+                "each more than 0.5, or take one rank"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from common.errors import ActorError
 from common.role_logs import recorded
 from data.records import RecordDataset
 from data.tasks import get_task
+from policy.adapters import base_dtype
 from policy.conditions import open_encoder
 from policy.dit import PATCH
 from policy.folder import load_transformer, load_vae, starting_policy
@@ -77,7 +78,7 @@ class RolloutSetup:
     recording: Recording = field(default_factory=Recording)
     """What groups carry for the learner."""
     precision: Precision = "float32"
-    """Of the transformer while it samples groups; evaluation samples in float32."""
+    """Of the transformer while it samples groups; evaluation samples in float32, on a base in bfloat16 like that."""
 
 
 @recorded
@@ -87,7 +88,7 @@ class RolloutActor:
     def __init__(self, setup: RolloutSetup, threads: int, gpus: float = 0.0) -> None:
         torch.set_num_threads(threads)
         self._setup, self._device = setup, own_device(gpus)
-        start = setup.start
+        start, self._base = setup.start, base_dtype(setup.start.lora)
         self._model = self._at_rest(starting_policy(start.policy, start.lora, start.seed))
         self._codec = LatentCodec(load_vae(start.policy).to(self._device), sight_for(self._model, self._device))
         self._text = open_encoder(start.policy, device=self._device)
@@ -102,7 +103,7 @@ class RolloutActor:
 
     def load_folder(self, model: Path) -> str:
         """Takes the transformer of a policy folder (evaluation) and answers with its digest."""
-        self._model = self._at_rest(load_transformer(model))
+        self._model = self._at_rest(load_transformer(model, self._base))
         self._held, self._version = digest(self._model.state_dict()), -1
         return self._held
 
@@ -188,7 +189,7 @@ class RolloutActor:
             self.hold(*weights)
         data = self._split(split)
         records = [data.record(int(index)) for index in indices]
-        sampled = sample_records(self._model, self._codec, self._text, records, schedule, self._setup.seed)
+        sampled = sample_records(self._model, self._codec, self._text, records, schedule, self._setup.seed, self._base)
         groups = [self._pixels(r, layers[None], s) for r, (s, layers) in zip(records, sampled, strict=True)]
         return len(groups), groups
 

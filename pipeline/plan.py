@@ -16,9 +16,11 @@ from actors.packages import check_runtime_env
 from data.tasks import get_task
 from pipeline.config import RunConfig
 from pipeline.plan_nodes import Node, node_table
+from policy.adapters import base_dtype
 from policy.base import TEXT_WIDTH
 from policy.dit import PATCH, SIGHT_CHANNELS
 from policy.estimate import Footprint, footprint
+from policy.precision import DTYPES
 from policy.text import MAX_TOKENS, TEXT_DIM
 
 SPEED = 0.4 * 989e12
@@ -95,9 +97,11 @@ def sft_footprint(config: RunConfig) -> Footprint:
     settings, side, words = _transformer(config), config.data.size // config.vae.network.factor, MAX_TOKENS
     if settings["joint_attention_dim"] != TEXT_DIM:
         words = REAL_TOKENS
-    # Stages load weights in float32 whatever they are stored in; autocast keeps what is saved in sft.precision.
-    recomputed = sft.gradient_checkpointing
-    return footprint(settings, sft.lora, sft.micro_batch, _images(config), side, words, recomputed=recomputed)
+    # Trained weights are float32 whatever they are stored in; autocast keeps what is saved in sft.precision.
+    dtype = DTYPES[base_dtype(sft.lora)]
+    return footprint(
+        settings, sft.lora, sft.micro_batch, _images(config), side, words, dtype, recomputed=sft.gradient_checkpointing
+    )
 
 
 def _images(config: RunConfig) -> int:

@@ -11,7 +11,7 @@ from actors.engine import EngineConfig, OptimiserConfig
 from common.config import StrictConfig
 from common.errors import ConfigError
 from data.tasks import get_task
-from policy.adapters import LoraConfig, check_targets
+from policy.adapters import LoraConfig, base_dtype, check_targets
 from policy.dit import DitConfig
 from policy.group import Recording
 from policy.kernels import KernelConfig
@@ -139,7 +139,7 @@ class SftStageConfig(BatchedConfig):
             raise ValueError(
                 "lora adapts a trained transformer: name its policy folder in sft.start, or leave lora out"
             )
-        _check_lora(self.lora)
+        _check_lora(self.lora, self.precision)
         return self
 
 
@@ -148,6 +148,11 @@ class JudgeStageConfig(BatchedConfig):
 
     objective: JudgeConfig = JudgeConfig()
     """The judge and what it is asked."""
+
+    @model_validator(mode="after")
+    def _precision_fits(self) -> "JudgeStageConfig":
+        _check_base(self.objective.lora, self.precision)
+        return self
 
 
 class ContinuedConfig(StrictConfig):
@@ -224,7 +229,7 @@ class GrpoStageConfig(TrainingConfig):
             raise ValueError(
                 f"nft.times {self.nft.times} does not fit: the schedule has {self.sampling.schedule.steps} noise levels"
             )
-        _check_lora(self.lora)
+        _check_lora(self.lora, self.precision)
         return self
 
     @property
@@ -279,7 +284,13 @@ def _check_vae_loss(loss: VaeLossConfig, zero_stage: int) -> None:
         raise ValueError("loss.adversarial needs the discriminator's weights whole: set zero_stage to 2 or less")
 
 
-def _check_lora(lora: LoraConfig | None) -> None:
+def _check_base(lora: LoraConfig | None, precision: Precision) -> None:
+    if base_dtype(lora) == "bfloat16" and precision != "bfloat16":
+        raise ValueError("lora.base_dtype bfloat16 is for products in bfloat16: set the stage's precision to bfloat16")
+
+
+def _check_lora(lora: LoraConfig | None, precision: Precision) -> None:
+    _check_base(lora, precision)
     if lora:
         try:
             check_targets(lora)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from common.config import StrictConfig
 from common.errors import CheckpointError, ConfigError
 from policy.dit import DitConfig, build_dit
+from policy.precision import Precision
 
 POLICY, REFERENCE = "policy", "reference"
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
@@ -54,6 +55,14 @@ class LoraConfig(StrictConfig):
     """The update is scaled by alpha / rank; None takes the rank, so by 1."""
     targets: tuple[str, ...] = Field(ATTENTION + MLP, min_length=1)
     """Ends of the names of the linear layers that get one: attention and MLP of the image and the text stream."""
+    base_dtype: Precision = "float32"
+    """In which the frozen weights are kept; ``bfloat16`` takes half the memory and wants the stage's ``precision`` to
+    be bfloat16 as well. The adapter is float32 in both."""
+
+
+def base_dtype(config: LoraConfig | None) -> Precision:
+    """In which the weights that an adapter lies on are kept; float32 where there is none."""
+    return config.base_dtype if config else "float32"
 
 
 def check_targets(config: LoraConfig) -> None:
@@ -82,6 +91,13 @@ def inject(model: torch.nn.Module, rank: int, alpha: int, layers: list[str], ada
     _inject(model, _peft_config(rank, alpha, layers), adapter)
 
 
+def keep_in_float32(model: torch.nn.Module) -> None:
+    """Brings adapters to float32 that came to lie on a base of fewer bits, whose dtype PEFT gives them."""
+    for name, parameter in model.named_parameters():
+        if any(f".{adapter}." in name for adapter in (POLICY, REFERENCE)):
+            parameter.data = parameter.data.float()
+
+
 def has_lora(model: torch.nn.Module) -> bool:
     """Whether an adapter was injected."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
@@ -99,6 +115,7 @@ def add_reference(model: torch.nn.Module) -> None:
     first, names = next(iter(layers.values())), list(layers)
     rank, alpha = first.r[POLICY], first.lora_alpha[POLICY]
     _inject(model, _peft_config(rank, alpha, names), REFERENCE)
+    keep_in_float32(model)
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if f".{REFERENCE}." in name:

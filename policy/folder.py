@@ -8,6 +8,7 @@ version are recorded instead of a copy of its weights.
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +23,14 @@ from policy.adapters import (
     LoraConfig,
     add_lora,
     has_lora,
+    keep_in_float32,
     load_adapter,
     merge,
     save_adapter,
 )
-from policy.base import carry_over, is_base
+from policy.base import carry_over, is_base, link
 from policy.interchange import LORA, RELEASED_VAE, save_lora
+from policy.precision import DTYPES, Precision
 from policy.text import PACKAGE
 from policy.vae import ImageVae
 
@@ -60,15 +63,16 @@ def load_vae(folder: Path) -> ImageVae:
     return _load(kind, folder, "vae")
 
 
-def load_transformer(folder: Path) -> QwenImageTransformer2DModel:
-    """Loads ``transformer/`` in float32, with its adapter beside it where there is one.
+def load_transformer(folder: Path, dtype: Precision = "float32") -> QwenImageTransformer2DModel:
+    """Loads ``transformer/`` in ``dtype``, with its adapter beside it, in float32, where there is one.
 
     Raises:
         CheckpointError: the folder holds no usable transformer.
     """
-    model = _load(QwenImageTransformer2DModel, folder, "transformer")
+    model = _load(QwenImageTransformer2DModel, folder, "transformer", dtype)
     if (folder / FOLDER).is_dir():
         load_adapter(model, folder)
+        keep_in_float32(model)
     return model
 
 
@@ -76,7 +80,7 @@ def starting_policy(folder: Path, lora: LoraConfig | None, seed: int) -> QwenIma
     """The transformer of a policy folder as a stage trains it on.
 
     Without ``lora`` all weights train; an adapter in the folder is merged first. With it, the folder's adapter is
-    trained further, or a fresh one is added.
+    trained further, or a fresh one is added; the base is kept in the dtype that ``lora`` names.
 
     Raises:
         CheckpointError, ConfigError: the folder or its adapter does not fit.
@@ -86,11 +90,12 @@ def starting_policy(folder: Path, lora: LoraConfig | None, seed: int) -> QwenIma
         if has_lora(model):
             merge(model)
         return model
-    model = _load(QwenImageTransformer2DModel, folder, "transformer")
+    model = _load(QwenImageTransformer2DModel, folder, "transformer", lora.base_dtype)
     if (folder / FOLDER).is_dir():
         load_adapter(model, folder, lora)
     else:
         add_lora(model, lora, seed)
+    keep_in_float32(model)
     return model
 
 
@@ -112,7 +117,9 @@ def export_policy(
         save_policy(folder, vae, transformer)
     else:
         assert start is not None
-        save_policy(folder, vae, _load(QwenImageTransformer2DModel, start, "transformer"))
+        save_vae(folder, vae)
+        shutil.copytree(start / "transformer", folder / "transformer", copy_function=link)  # as it is stored
+        _write_index(folder)
         save_adapter(folder, weights, lora)
     if start is not None and is_base(start):
         carry_over(start, folder)
@@ -185,7 +192,7 @@ def policy_digest(folder: Path, *parts: str) -> str:
     return total.hexdigest()
 
 
-def _load(kind, folder: Path, part: str):
+def _load(kind, folder: Path, part: str, dtype: Precision = "float32"):
     if not (folder / part / "config.json").is_file():
         raise CheckpointError(f"{folder}: no {part}/ here; give a model folder written by an earlier stage")
     try:
@@ -194,7 +201,7 @@ def _load(kind, folder: Path, part: str):
             raise CheckpointError(
                 f"{folder / part}: is of class {found}, this version trains {kind.__name__}; name another folder"
             )
-        return kind.from_pretrained(folder, subfolder=part, local_files_only=True, torch_dtype=torch.float32)
+        return kind.from_pretrained(folder, subfolder=part, local_files_only=True, torch_dtype=DTYPES[dtype])
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / part}: cannot be loaded ({str(error).splitlines()[0]})") from None
 

@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Precision = Literal["float32", "bfloat16"]
 
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 @contextmanager
 def computing(precision: Precision, device: str = "cpu") -> Iterator[None]:

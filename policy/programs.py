@@ -21,7 +21,7 @@ from data.records import RecordDataset
 from data.rgba import draw_grid, layer_rows
 from data.sampler import Draw
 from data.seeding import seed_for
-from policy.adapters import LoraConfig
+from policy.adapters import LoraConfig, base_dtype
 from policy.conditions import ConditionCache, ConditionEncoder, open_encoder
 from policy.dit import DitConfig, build_dit, velocity
 from policy.folder import export_policy, load_vae, starting_policy
@@ -159,9 +159,10 @@ class SftProgram:
         """A grid of validation records: input, a sample of ``model``, truth; one row for each layer."""
         data, codec = RecordDataset(self._dataset, "val"), LatentCodec(self._vae, self._sight)
         rows, titles = list[list[torch.Tensor | None]](), list[str]()
+        precision = base_dtype(self._lora)
         for index in indices:  # one by one: they differ in task and size
             record = data.record(index)
-            ((sample, layers),) = sample_records(model, codec, self._text, [record], schedule, self._seed)
+            ((sample, layers),) = sample_records(model, codec, self._text, [record], schedule, self._seed, precision)
             rows += layer_rows(sample.inputs, [layers], sample.targets_LCHW)
             titles += [f"{record.task}: {record.prompt}"] * len(layers)
         return draw_grid(rows, ["input", "sample", "truth"], titles)

@@ -13,6 +13,7 @@ from data.degradations import GRADES
 from data.records import RecordDataset
 from data.seeding import seed_for
 from policy.adapters import LoraConfig, add_lora, merge
+from policy.precision import DTYPES
 from policy.programs import Batch, MicroLoss
 from rewards.judge.examples import Example, Examples, draw_examples
 from rewards.judge.model import Reader, answer_logits, load_model
@@ -176,6 +177,9 @@ def make_judge_program(config: JudgeConfig, dataset: Path, seed: int) -> JudgePr
         model, reader = load_model(config.model), Reader.load(config.model)
         if config.lora:
             add_lora(model, config.lora, seed_for(seed, "judge adapter"))
+            for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(DTYPES[config.lora.base_dtype])
     else:
         tokenizer = build_tokenizer(_texts(templates, RecordDataset(dataset, "train")), _labels(templates))
         model, reader = build_model(config.network, tokenizer, seed_for(seed, "judge weights")), small_reader(tokenizer)
