@@ -23,6 +23,7 @@ from common.config import StrictConfig
 from common.errors import ActorError, ConfigError, DeadlineError, OmniAlphaError
 from rewards.judge.exchange import Endpoint, Rejected, Unavailable, WrongAnswer, exchange
 from rewards.judge.resilience import pause_s
+from rewards.judge.shipped import named_judge
 
 log = logging.getLogger("omnialpha")
 
@@ -44,7 +45,8 @@ class JudgeServerConfig(StrictConfig):
     """vLLM servers of one model, which the run starts and ends."""
 
     model: str
-    """A model's folder, or its name on the Hugging Face hub; it must have vision."""
+    """A model's folder, the name of one that comes with the package (judge-small), or one on the Hugging Face hub; it
+    must have vision."""
     python: Path | None = None
     """Interpreter of the judge's environment; None takes .venv-judge beside the environment of the run."""
     replicas: int = Field(1, ge=1)
@@ -71,7 +73,7 @@ class JudgeServerConfig(StrictConfig):
 
     def anchored(self) -> "JudgeServerConfig":
         """With absolute paths: the servers' actors work in another directory."""
-        path = Path(self.model).expanduser()
+        path = named_judge(self.model)
         model = self.model if HUB_NAME.fullmatch(self.model) and not path.exists() else str(path.resolve())
         # Not resolved: an environment's interpreter is a link, and knows its environment by where the link is.
         python = self.python and self.python.expanduser().absolute()

@@ -33,6 +33,7 @@ from policy.vae_program import VaeLossConfig
 from rewards.combine import RewardConfig, TermConfig, active_terms
 from rewards.gaming import optimised, watched
 from rewards.judge.served import served_terms
+from rewards.judge.shipped import named_judge
 from rewards.judge.templates import anchored
 
 
@@ -253,7 +254,11 @@ def _anchored_term(term: TermConfig) -> TermConfig:
     # By these names the shipped scorers take files; what another scorer's params mean is its own business.
     named = {key: value for key in ("weights", "folder") if isinstance(value := term.params.get(key), str)}
     if named:
-        absolute = {key: str(Path(value).expanduser().resolve()) for key, value in named.items()}
+        judge = term.source == "judge"
+        absolute = {
+            key: str((named_judge(value) if judge else Path(value).expanduser()).resolve())
+            for key, value in named.items()
+        }
         update["params"] = {**term.params, **absolute}
     if term.source == "judge" and isinstance(templates := term.params.get("templates"), str):
         update["params"] = {**update.get("params", term.params), "templates": anchored(templates)}

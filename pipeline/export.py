@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from common.errors import CheckpointError
 
 log = logging.getLogger("omnialpha")
 
+STAGES = ("sft", "grpo", "judge")
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = {
     "policy": "a policy folder, an adapter merged; of a real base's policy diffusers' pipeline opens it",
@@ -26,7 +28,7 @@ def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser = commands.add_parser("export", help="a run's policy as a folder to hand on, with its training record")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--stage", choices=("sft", "grpo"), help="whose policy; default: the last finished one")
+    parser.add_argument("--stage", choices=STAGES, help="whose policy, or the judge; default: grpo, else sft")
     shown = "; ".join(f"{name}: {text}" for name, text in FORMS.items())
     parser.add_argument("--form", choices=FORMS, default="policy", help=shown)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the stored weights")
@@ -51,13 +53,20 @@ def _export(options: argparse.Namespace) -> None:
     if options.form == "diffusers":
         check_opens_in_diffusers(source)
     write = export_lora if options.form == "lora" else export_folder
+    if finished[0] == "judge":  # it is stored in bfloat16 as it is
+        write = _copied
     temporary = begin(options.out)
     with storage_errors(options.out):
         write(source, temporary, getattr(torch, options.dtype))
         (temporary / "training.json").write_text(json.dumps(training_record(options.run, finished[0]), indent=1) + "\n")
-    commit(temporary, options.out, {"step": 0, "stage": finished[0], "dtype": options.dtype})
+    dtype = "bfloat16" if finished[0] == "judge" else options.dtype
+    commit(temporary, options.out, {"step": 0, "stage": finished[0], "dtype": dtype})
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
-    log.info("wrote the policy of stage %s to %s (%.1f MB)", finished[0], options.out, size / 1e6)
+    log.info("wrote the model of stage %s to %s (%.1f MB)", finished[0], options.out, size / 1e6)
+
+
+def _copied(source: Path, target: Path, dtype: Any) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def training_record(run: Path, stage: str) -> dict[str, Any]:
@@ -72,7 +81,7 @@ def training_record(run: Path, stage: str) -> dict[str, Any]:
     outside = {"run_dir", "dataset", "cluster", "tracking"}
     events = read_events(run / "events.jsonl")
     environments = [event for event in events if event["event"] == "environment"]
-    manifest = run / "dataset" / "manifest.json"
+    manifest = Path(read.get("dataset") or run / "dataset") / "manifest.json"
     steps: dict[str, dict[int, dict[str, Any]]] = {}
     for event in events:
         if event["event"] == "step":  # of a step that was trained twice, after a kill, the later one counts
@@ -92,7 +101,7 @@ def training_record(run: Path, stage: str) -> dict[str, Any]:
         else None,
         "seconds_of_the_last_attempt": seconds,
         "log": {name: _thinned(rows) for name, rows in steps.items()},
-        "start": _record_of_the_start(read),
+        "start": None if stage == "judge" else _record_of_the_start(read),  # a judge starts from nothing
     }
 
 

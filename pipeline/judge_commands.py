@@ -29,7 +29,9 @@ def register(commands: Any) -> None:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example judge.steps=2000")
     train.set_defaults(handler=_train)
     check = judge.add_parser("check", help="agreement with graded degradations, position bias, spread, cost")
-    check.add_argument("judge", help="folder of a Qwen2.5-VL, asked in this process, or the URL of a vLLM server")
+    check.add_argument(
+        "judge", help="folder of a Qwen2.5-VL or judge-small, asked in this process, or the URL of a vLLM server"
+    )
     check.add_argument("dataset", type=Path, help="a dataset folder")
     check.add_argument(
         "--serve",
@@ -61,6 +63,7 @@ def _asked(options: argparse.Namespace) -> "Iterator[tuple[Asker, Callable[[str]
     from actors.judge_here import judge_here
     from common.config import validate
     from rewards.judge.model import ModelJudge
+    from rewards.judge.shipped import named_judge
 
     judge, by_url = options.judge, "://" in options.judge
     if by_url and (options.serve is not None or not options.model):
@@ -72,7 +75,7 @@ def _asked(options: argparse.Namespace) -> "Iterator[tuple[Asker, Callable[[str]
     elif options.serve is not None:
         serving = {"server": {**key_values(options.serve), "model": judge}}
     else:
-        here = ModelJudge(Path(judge))
+        here = ModelJudge(named_judge(judge))
         yield here, here.reader.tokens
         return
     with judge_here(validate(JudgeServing, serving, "judge check").anchored()) as client:

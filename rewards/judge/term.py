@@ -10,6 +10,7 @@ from rewards.judge.asking import Asker
 from rewards.judge.client import JudgeClient
 from rewards.judge.protocols import Score, Verdict, grid, pointwise, versus
 from rewards.judge.served import TEMPLATES
+from rewards.judge.shipped import named_judge
 from rewards.judge.templates import Templates, load_templates
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class Judge(JudgeScorer):
     ) -> None:
         """
         Args:
-            folder: a judge's model folder, asked in the scorer's own process; None asks the run's judge.
+            folder: a judge's model folder or the name of a shipped one, asked in the scorer's own process; None asks
+                the run's judge.
             templates: ``small`` for a judge made by ``omnialpha judge train``, ``vlm`` for others, or a folder.
             protocol, seed, orders: as in :class:`JudgeScorer`.
             asker: the run's judge (``judging``), which the run puts in after it has checked the labels.
@@ -84,7 +86,7 @@ class Judge(JudgeScorer):
             ConfigError: a folder or template that cannot be used, a label that is not one token, or nobody to ask.
         """
         asked = load_templates(templates)
-        judge = asker if folder is None else _judge_of(Path(folder).expanduser(), asked)
+        judge = asker if folder is None else _judge_of(named_judge(folder), asked)
         if judge is None:
             raise ConfigError(
                 "judge: nobody to ask; give params.folder, a model's folder, or say in the run's judging who serves one"

@@ -314,3 +314,13 @@ def test_recomputed_log_probabilities_are_doubtful_with_staleness_and_so_is_a_cl
     assert "clip_range 0.2 is outside" in clip
     [recomputed] = doubts("objective.old_log_probs=recomputed", "max_staleness=1")
     assert "nothing corrects for it" in recomputed
+
+
+def test_learner_ranks_that_would_share_a_gpu_and_actors_with_several_are_refused():
+    for good in ("cluster.learner.gpus=1", "cluster.learner.gpus=0.6", "cluster.rollout.gpus=0.2"):
+        assert load_config("tiny", ["cluster.learner.actors=2", good])
+    with pytest.raises(ConfigError, match=r"learner\.gpus 0\.5 would let two learner ranks share a GPU.*than 0\.5"):
+        load_config("tiny", ["cluster.learner.actors=2", "cluster.learner.gpus=0.5"])
+    assert load_config("tiny", ["cluster.learner.actors=1", "cluster.learner.gpus=0.5"])
+    with pytest.raises(ConfigError, match=r"cluster\.rollout\.gpus.*less than or equal to 1"):
+        load_config("tiny", ["cluster.rollout.gpus=2"])
