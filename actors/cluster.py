@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import ray
 import torch
@@ -29,6 +30,9 @@ class RoleConfig(StrictConfig):
     need more than half of one each: their collectives refuse to share."""
     threads: int = Field(1, ge=1)
     """Torch threads of each."""
+    spares: int = Field(0, ge=0)
+    """Rollout and reward actors beside ``actors`` that reserve as much, hold their model and get no work until they
+    take the place of one that is lost: at once, instead of after a start. A new spare is then started."""
 
 
 class ClusterConfig(StrictConfig):
@@ -55,12 +59,18 @@ class ClusterConfig(StrictConfig):
     """Longest wait for any one piece of work."""
 
     @model_validator(mode="after")
-    def _ranks_have_gpus_of_their_own(self) -> "ClusterConfig":
+    def _ranks_have_gpus_of_their_own(self) -> Self:
         if self.learner.actors > 1 and 0 < self.learner.gpus <= 0.5:
             raise ValueError(
                 f"learner.gpus {self.learner.gpus:g} would let two learner ranks share a GPU, which NCCL refuses; give "
                 "each more than 0.5, or take one rank"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_have_no_spares(self) -> Self:
+        if self.learner.spares:
+            raise ValueError("learner.spares: ranks are lost together and built anew together; leave it out")
         return self
 
 
@@ -78,11 +88,11 @@ class PlacementRow:
 
 def placement(config: ClusterConfig) -> list[PlacementRow]:
     """What the configured roles reserve, role by role."""
-    roles = {"learner": config.learner, "rollout": config.rollout, "reward": config.reward}
-    return [
-        PlacementRow(name, role.actors, role.actors * role.cpus, role.actors * role.gpus)
-        for name, role in roles.items()
-    ]
+    crews = {"rollout": config.rollout, "reward": config.reward}
+    asked = [("learner", config.learner, config.learner.actors)]
+    asked += [(name, crew, crew.actors) for name, crew in crews.items()]
+    asked += [(f"{name} spare", crew, crew.spares) for name, crew in crews.items() if crew.spares]
+    return [PlacementRow(name, count, count * role.cpus, count * role.gpus) for name, role, count in asked]
 
 
 def check_placement(rows: Sequence[PlacementRow], cpus: float, gpus: float | None = None) -> None:
