@@ -53,8 +53,11 @@ class ClusterConfig(StrictConfig):
     learner_port: int | None = Field(None, ge=1, le=65535)
     """Rendezvous port of the learner ranks on rank 0's node; None takes a free one."""
     replacements: int = Field(3, ge=0)
-    """How often in a row lost actors of a role are replaced without an answer from the role in between (learner ranks:
-    without a commit); then the run stops."""
+    """How often in a row the same actor is replaced without an answer from its role in between (learner ranks: without
+    a commit); then the run stops."""
+    wait_s: float = Field(0.0, ge=0)
+    """How long the run waits for a cluster that is too small: before it starts, until an autoscaler has added nodes,
+    and when a node is gone and nobody is left in a role."""
     deadline_s: float = Field(900.0, gt=0)
     """Longest wait for any one piece of work."""
 
@@ -142,13 +145,26 @@ def check_nodes(rows: Sequence[PlacementRow], nodes: Sequence[tuple[float, float
             )
 
 
+def check_cluster(rows: Sequence[PlacementRow]) -> None:
+    """Compares the configured actors with the nodes that the connected cluster has now.
+
+    Raises:
+        PlacementError: there is too little of something.
+    """
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [(has.get("CPU", 0), has.get("GPU", 0)) for has in found]
+    check_placement(rows, sum(cpus for cpus, _ in nodes), sum(gpus for _, gpus in nodes))
+    check_nodes(rows, nodes)
+
+
 @contextlib.contextmanager
-def connected(config: ClusterConfig, others: Sequence[PlacementRow] = ()) -> Iterator[None]:
+def connected(config: ClusterConfig, others: Sequence[PlacementRow] = (), *, may_grow: bool = False) -> Iterator[None]:
     """Ray for the length of a run: an existing cluster, or one of this run's own.
 
     Args:
         config: where it is, and the actors of each role.
         others: what isolated reward terms and the judge reserve beside them.
+        may_grow: an existing cluster that is too small is taken; :mod:`actors.room` waits for it.
 
     Raises:
         ClusterError: no cluster answers at the address.
@@ -177,10 +193,8 @@ def connected(config: ClusterConfig, others: Sequence[PlacementRow] = ()) -> Ite
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ClusterError(_unreachable(address, error)) from None
         try:
-            resources = ray.cluster_resources()
-            check_placement(rows, resources.get("CPU", 0), resources.get("GPU", 0))
-            found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            check_nodes(rows, [(has.get("CPU", 0), has.get("GPU", 0)) for has in found])
+            if not may_grow:
+                check_cluster(rows)
             driver_versions()
             yield
         finally:

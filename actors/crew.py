@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 
 from actors.health import Health, State
 from actors.processes import admit, enter
+from actors.room import room
 from actors.waiting import LOOK_UP_EVERY_S, LOST, Wait, expected, lost_because
 from common.errors import ActorError
 
@@ -140,6 +141,8 @@ class Crew:
         Raises:
             DeadlineError: the role answered nobody for too long.
             ActorError: actors were lost one after the other, or one raised something unexpected.
+            LostValueError: what a call was to work on was lost with its node.
+            PlacementError: nobody serves, and the cluster has become too small.
             OmniAlphaError: an actor raised an expected error; it arrives as itself.
             Abandoned: nobody wants the values any more. Actors still make the calls that they have: Ray cannot take
                 them out of an actor's queue.
@@ -161,6 +164,9 @@ class Crew:
             looks = dict(self._looks)
             asked = {work.refs[0]: work for work in pending if work.refs}
             pause = min(left, 0.1 if self._health.having(State.LOST) else LOOK_UP_EVERY_S)
+            deserted = not self.serving
+        if deserted:
+            room.look()
         refs = [*starting, *looks, *asked]
         if not refs:
             time.sleep(pause)

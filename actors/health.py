@@ -36,7 +36,8 @@ class Health:
         Args:
             role: names them in messages.
             count: how many are to serve.
-            replacements: how many may be replaced in a row, without one answer between them.
+            replacements: how often in a row each may be replaced, without an answer from any of them in between. Each
+                is counted by itself: a node may be lost with many of them at once.
             clock: seconds that never go back.
             spares: how many there are beside those that serve.
         """
@@ -45,6 +46,7 @@ class Health:
         self._states = [State.STARTING] * (count + spares)
         self._due = [0.0] * (count + spares)
         self._causes: list[str] = []
+        self._in_a_row = [0] * (count + spares)
 
     def state(self, number: int) -> State:
         """State of one actor."""
@@ -62,9 +64,10 @@ class Health:
     def answered(self) -> None:
         """One of the actors did its work: losses are counted anew."""
         self._causes.clear()
+        self._in_a_row = [0] * len(self._states)
 
     def lost(self, number: int, cause: str) -> int | None:
-        """An actor is gone. The first of a row is replaced at once, later ones after a pause that doubles.
+        """An actor is gone. The first time in a row it is replaced at once, later after a pause that doubles.
 
         Returns:
             The spare that serves in its place from now on, if there is one.
@@ -72,7 +75,8 @@ class Health:
         served = self._states[number] is State.SERVING
         self._move(number, (State.STARTING, State.SERVING, State.SPARE), State.LOST)
         self._causes.append(cause)
-        pause = 0.0 if len(self._causes) == 1 else min(2.0 ** (len(self._causes) - 2), LONGEST_PAUSE_S)
+        self._in_a_row[number] += 1
+        pause = 0.0 if self._in_a_row[number] == 1 else min(2.0 ** (self._in_a_row[number] - 2), LONGEST_PAUSE_S)
         self._due[number] = self._clock() + pause
         spares = self.having(State.SPARE)
         if not served or not spares:
@@ -91,7 +95,7 @@ class Health:
     @property
     def given_up(self) -> str | None:
         """Why no actor will be replaced any more, as a person should read it; None while there is hope."""
-        if len(self._causes) <= self._allowed:
+        if max(self._in_a_row) <= self._allowed:
             return None
         what = f"a {self._role} actor was lost"
         if self._allowed:

@@ -185,7 +185,7 @@ def test_a_spare_that_dies_idle_is_noticed_and_replaced_before_it_is_needed(crew
 
 
 def test_work_that_kills_whoever_does_it_stops_the_run_with_role_and_first_cause(crew, heard):
-    crew = crew(replacements=2)
+    crew = crew(count=1, replacements=2)
     poison = crew.ask(lambda a: a.die.remote())
     with pytest.raises(ActorError) as caught:
         crew.wait([poison], "work")

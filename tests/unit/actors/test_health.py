@@ -88,6 +88,18 @@ def test_giving_up_names_the_role_and_the_first_cause_of_the_row(clock):
     assert health.given_up == "rollout actors were lost 3 times in a row, the first time because out of memory"
 
 
+def test_a_node_lost_with_many_actors_is_one_loss_of_each_and_all_are_replaced_at_once(clock):
+    health = serving(clock, 8, replacements=1)
+    for number in range(8):
+        health.lost(number, "its node is gone")
+    assert health.given_up is None
+    assert health.due() == list(range(8))
+    for number in range(8):
+        health.restarting(number)
+    health.lost(5, "no room for it")
+    assert health.given_up == "rollout actors were lost 9 times in a row, the first time because its node is gone"
+
+
 def test_without_replacements_the_first_loss_is_the_end(clock):
     health = serving(clock, 1, replacements=0)
     health.lost(0, "killed")
