@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import ray
 import torch
@@ -29,6 +30,9 @@ class RoleConfig(StrictConfig):
     need more than half of one each: their collectives refuse to share."""
     threads: int = Field(1, ge=1)
     """Torch threads of each."""
+    spares: int = Field(0, ge=0)
+    """Rollout and reward actors beside ``actors`` that reserve as much, hold their model and get no work until they
+    take the place of one that is lost: at once, instead of after a start. A new spare is then started."""
 
 
 class ClusterConfig(StrictConfig):
@@ -49,18 +53,27 @@ class ClusterConfig(StrictConfig):
     learner_port: int | None = Field(None, ge=1, le=65535)
     """Rendezvous port of the learner ranks on rank 0's node; None takes a free one."""
     replacements: int = Field(3, ge=0)
-    """How often in a row lost actors of a role are replaced without an answer from the role in between (learner ranks:
-    without a commit); then the run stops."""
+    """How often in a row the same actor is replaced without an answer from its role in between (learner ranks: without
+    a commit); then the run stops."""
+    wait_s: float = Field(0.0, ge=0)
+    """How long the run waits for a cluster that is too small: before it starts, until an autoscaler has added nodes,
+    and when a node is gone and nobody is left in a role."""
     deadline_s: float = Field(900.0, gt=0)
     """Longest wait for any one piece of work."""
 
     @model_validator(mode="after")
-    def _ranks_have_gpus_of_their_own(self) -> "ClusterConfig":
+    def _ranks_have_gpus_of_their_own(self) -> Self:
         if self.learner.actors > 1 and 0 < self.learner.gpus <= 0.5:
             raise ValueError(
                 f"learner.gpus {self.learner.gpus:g} would let two learner ranks share a GPU, which NCCL refuses; give "
                 "each more than 0.5, or take one rank"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_have_no_spares(self) -> Self:
+        if self.learner.spares:
+            raise ValueError("learner.spares: ranks are lost together and built anew together; leave it out")
         return self
 
 
@@ -78,11 +91,11 @@ class PlacementRow:
 
 def placement(config: ClusterConfig) -> list[PlacementRow]:
     """What the configured roles reserve, role by role."""
-    roles = {"learner": config.learner, "rollout": config.rollout, "reward": config.reward}
-    return [
-        PlacementRow(name, role.actors, role.actors * role.cpus, role.actors * role.gpus)
-        for name, role in roles.items()
-    ]
+    crews = {"rollout": config.rollout, "reward": config.reward}
+    asked = [("learner", config.learner, config.learner.actors)]
+    asked += [(name, crew, crew.actors) for name, crew in crews.items()]
+    asked += [(f"{name} spare", crew, crew.spares) for name, crew in crews.items() if crew.spares]
+    return [PlacementRow(name, count, count * role.cpus, count * role.gpus) for name, role, count in asked]
 
 
 def check_placement(rows: Sequence[PlacementRow], cpus: float, gpus: float | None = None) -> None:
@@ -132,13 +145,26 @@ def check_nodes(rows: Sequence[PlacementRow], nodes: Sequence[tuple[float, float
             )
 
 
+def check_cluster(rows: Sequence[PlacementRow]) -> None:
+    """Compares the configured actors with the nodes that the connected cluster has now.
+
+    Raises:
+        PlacementError: there is too little of something.
+    """
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [(has.get("CPU", 0), has.get("GPU", 0)) for has in found]
+    check_placement(rows, sum(cpus for cpus, _ in nodes), sum(gpus for _, gpus in nodes))
+    check_nodes(rows, nodes)
+
+
 @contextlib.contextmanager
-def connected(config: ClusterConfig, others: Sequence[PlacementRow] = ()) -> Iterator[None]:
+def connected(config: ClusterConfig, others: Sequence[PlacementRow] = (), *, may_grow: bool = False) -> Iterator[None]:
     """Ray for the length of a run: an existing cluster, or one of this run's own.
 
     Args:
         config: where it is, and the actors of each role.
         others: what isolated reward terms and the judge reserve beside them.
+        may_grow: an existing cluster that is too small is taken; :mod:`actors.room` waits for it.
 
     Raises:
         ClusterError: no cluster answers at the address.
@@ -167,10 +193,8 @@ def connected(config: ClusterConfig, others: Sequence[PlacementRow] = ()) -> Ite
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ClusterError(_unreachable(address, error)) from None
         try:
-            resources = ray.cluster_resources()
-            check_placement(rows, resources.get("CPU", 0), resources.get("GPU", 0))
-            found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            check_nodes(rows, [(has.get("CPU", 0), has.get("GPU", 0)) for has in found])
+            if not may_grow:
+                check_cluster(rows)
             driver_versions()
             yield
         finally:

@@ -19,13 +19,17 @@ from ray.exceptions import RayError
 
 from actors.health import Health, State
 from actors.processes import admit, enter
+from actors.room import room
 from actors.waiting import LOOK_UP_EVERY_S, LOST, Wait, expected, lost_because
 from common.errors import ActorError
 
 log = logging.getLogger("omnialpha")
 
 Notify = Callable[..., None]
-"""Hears ``actor_lost`` and ``actor_replaced`` with their facts, like an event log's ``write``."""
+"""Hears ``actor_lost``, ``actor_replaced`` and ``spare_started`` with their facts, like an event log's ``write``."""
+
+LOOK_AT_SPARES_EVERY_S = 5.0
+"""How often a spare, which nobody gives work, is asked whether it is still there."""
 
 
 def unheard(event: str, **facts: Any) -> None:
@@ -65,6 +69,7 @@ class Crew:
         replacements: int,
         deadline_s: float,
         notify: Notify = unheard,
+        spares: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Starts the actors; :meth:`begin` waits for them.
@@ -72,20 +77,26 @@ class Crew:
         Args:
             role: names them in messages and events.
             make: starts one actor.
-            count: how many.
+            count: how many are to work.
             replacements: as in :class:`actors.health.Health`.
             deadline_s: longest time without an answer from the role.
             notify: hears of losses and replacements.
+            spares: how many more are started and given no work until one of the others is lost.
             clock: of the health.
         """
         self._role, self._make, self._deadline = role, make, deadline_s
         self._notify = notify
         self._lock = threading.RLock()
-        self._health = Health(role, count, replacements, clock)
+        self.count, self._clock = count, clock
+        self._health = Health(role, count, replacements, clock, spares=spares)
         self._next = 0
         self._answered_at = 0.0
         self._lost_at: dict[int, float] = {}
-        self.actors = [make() for _ in range(count)]
+        self._taken_over: dict[int, tuple[float, int]] = {}  # lost → since when, and which spare has its place
+        self._refilled_since: dict[int, float] = {}
+        self._looks: dict[Any, int] = {}
+        self._looked_at: dict[int, float] = {}
+        self.actors = [make() for _ in range(count + spares)]
         self._starting = {number: enter(actor, self._name(number)) for number, actor in enumerate(self.actors)}
 
     def begin(self) -> None:
@@ -102,17 +113,22 @@ class Crew:
             self._ready(what, [], wait, len(missing))
 
     def ask(self, call: Callable[[Any], Any], number: int | None = None) -> Work:
-        """Gives work to actor ``number``, or to one after the other; returns at once. With nobody serving it is given
-        out when it is waited for."""
+        """Gives work to the one in place ``number`` of those that serve, or to one after the other; returns at once.
+        With nobody serving it is given out when it is waited for."""
         work = Work(call)
         with self._lock:
-            serving = self._health.having(State.SERVING)
+            serving = self.serving
             if number is None:
                 self._next += 1
-                number = self._next % len(self.actors)
+                number = self._next
             if serving:
-                work.give(self.actors[number if number in serving else serving[number % len(serving)]])
+                work.give(self.actors[serving[number % len(serving)]])
         return work
+
+    @property
+    def serving(self) -> list[int]:
+        """Numbers of the actors that are given work."""
+        return self._health.having(State.SERVING)
 
     def wait(self, works: Sequence[Work], what: str) -> list[Any]:
         """First values of all ``works``, in order; raises as :meth:`as_done`."""
@@ -125,6 +141,8 @@ class Crew:
         Raises:
             DeadlineError: the role answered nobody for too long.
             ActorError: actors were lost one after the other, or one raised something unexpected.
+            LostValueError: what a call was to work on was lost with its node.
+            PlacementError: nobody serves, and the cluster has become too small.
             OmniAlphaError: an actor raised an expected error; it arrives as itself.
             Abandoned: nobody wants the values any more. Actors still make the calls that they have: Ray cannot take
                 them out of an actor's queue.
@@ -141,10 +159,15 @@ class Crew:
         with self._lock:
             self._start_again()
             self._give_out(pending)
+            self._look_at_spares()
             starting = {ref: number for number, ref in self._starting.items()}
+            looks = dict(self._looks)
             asked = {work.refs[0]: work for work in pending if work.refs}
             pause = min(left, 0.1 if self._health.having(State.LOST) else LOOK_UP_EVERY_S)
-        refs = [*starting, *asked]
+            deserted = not self.serving
+        if deserted:
+            room.look()
+        refs = [*starting, *looks, *asked]
         if not refs:
             time.sleep(pause)
             return []
@@ -157,6 +180,8 @@ class Crew:
                 with self._lock:
                     if ref in starting:
                         self._lose_starting(starting[ref], ref, error, what)
+                    elif ref in looks:
+                        self._lose_looked_at(ref, error, what)
                     else:
                         gone = asked[ref].actor
                         asked[ref].take_back()
@@ -169,6 +194,8 @@ class Crew:
                 with self._lock:
                     if ref in starting:
                         self._started(starting[ref], ref, value)
+                    elif ref in looks:
+                        self._seen(ref)
                     else:
                         self._health.answered()
                         self._answered_at = time.monotonic()
@@ -200,9 +227,39 @@ class Crew:
         admit(said)
         self._health.started(number)
         if number in self._lost_at:
-            seconds = time.monotonic() - self._lost_at.pop(number)
+            seconds = self._clock() - self._lost_at.pop(number)
             log.info("%s actor %d was replaced in %.1f s", self._role, number, seconds)
             self._notify("actor_replaced", role=self._role, actor=number, seconds=round(seconds, 3))
+        if number in self._refilled_since:
+            seconds = self._clock() - self._refilled_since.pop(number)
+            self._notify("spare_started", role=self._role, actor=number, seconds=round(seconds, 3))
+
+    def _look_at_spares(self) -> None:
+        """Asks spares whether they are still there, where that is due: nobody else would notice their loss."""
+        for number in self._health.having(State.SPARE):
+            due = self._clock() - self._looked_at.get(number, -LOOK_AT_SPARES_EVERY_S) >= LOOK_AT_SPARES_EVERY_S
+            if due and number not in self._looks.values():
+                self._look_at(number)
+
+    def _look_at(self, number: int) -> None:
+        self._looked_at[number] = self._clock()
+        self._looks[self.actors[number].__ray_ready__.remote()] = number
+
+    def _seen(self, ref: Any) -> None:
+        """An actor answered that it is there, which several threads may have waited for."""
+        number = self._looks.pop(ref, None)
+        for lost, (since, spare) in list(self._taken_over.items()):
+            if spare == number:
+                del self._taken_over[lost]
+                seconds = self._clock() - since
+                log.info("%s actor %d was replaced by spare %d in %.1f s", self._role, lost, spare, seconds)
+                facts = {"role": self._role, "actor": lost, "spare": spare, "seconds": round(seconds, 3)}
+                self._notify("actor_replaced", **facts)
+
+    def _lose_looked_at(self, ref: Any, error: RayError, what: str) -> None:
+        """An actor did not answer any more, which several threads may have waited for."""
+        if (number := self._looks.pop(ref, None)) is not None:
+            self._lose(number, error, what)
 
     def _lose_starting(self, number: int, ref: Any, error: RayError, what: str) -> None:
         """An actor did not come to be, which several threads may have waited for."""
@@ -221,16 +278,29 @@ class Crew:
         self._starting.pop(number, None)
         with contextlib.suppress(RayError):  # whatever Ray believes of it, it must not work beside its replacement
             ray.kill(self.actors[number], no_restart=True)
-        first = number not in self._lost_at and self._health.state(number) is State.STARTING
+        known = number in self._lost_at or number in self._refilled_since
+        first = not known and self._health.state(number) is State.STARTING
         if first and getattr(error, "actor_init_failed", False):
             raise expected(error, what) from None  # the constructor raised before anything worked: it always will
         cause = lost_because(error)
-        self._health.lost(number, cause)
+        spare = self._health.lost(number, cause)
         self._notify("actor_lost", role=self._role, actor=number, cause=cause)
         if reason := self._health.given_up:
             raise ActorError(
                 f"{reason}; if that was memory, give the role fewer actors or smaller groups, otherwise see the "
                 "worker's log in Ray's session folder; then run the same command again to go on from the last commit"
             )
-        self._lost_at.setdefault(number, time.monotonic())
+        self._looks = {ref: other for ref, other in self._looks.items() if other != number}
+        for lost, (since, taken_by) in list(self._taken_over.items()):
+            if taken_by == number:  # the spare has died too: whoever is started for the first one replaces it after all
+                del self._taken_over[lost]
+                if self._refilled_since.pop(lost, None) is not None:
+                    self._lost_at[lost] = since
+        if spare is None:
+            self._refilled_since.pop(number, None)
+            self._lost_at.setdefault(number, self._clock())
+        else:
+            self._taken_over[number] = (self._clock(), spare)
+            self._refilled_since[number] = self._clock()
+            self._look_at(spare)
         log.warning("%s actor %d was lost (%s); it is replaced and its work given out again", self._role, number, cause)

@@ -1,11 +1,14 @@
 """Which actors of a role may work, and when one that was lost is started anew. Pure: time comes from a clock that is
 passed in, and whoever starts, asks and kills actors lives in :mod:`actors.crew`.
 
-    STARTING ──started──▶ SERVING          lost: from everywhere to LOST
-       ▲
+    STARTING ──started──▶ SERVING, or SPARE while all places are taken          lost: from everywhere to LOST
+       ▲                     ▲
+       │                     └──another is lost── SPARE
        └──restarting── LOST
 
-Weights are not its business: every call that needs some names them, and an actor loads them before it works.
+A spare is as good as any other: it takes the place of one that is lost at once, and who is started for that one becomes
+the next spare. Weights are not health's business: every call that needs some names them, and an actor loads them before
+it works.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,24 +22,31 @@ class State(Enum):
 
     STARTING = "starting"
     SERVING = "serving"
+    SPARE = "spare"
     LOST = "lost"
 
 
 class Health:
     """The actors of one role, by number."""
 
-    def __init__(self, role: str, count: int, replacements: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, role: str, count: int, replacements: int, clock: Callable[[], float], *, spares: int = 0
+    ) -> None:
         """
         Args:
             role: names them in messages.
-            count: how many there are.
-            replacements: how many may be replaced in a row, without one answer between them.
+            count: how many are to serve.
+            replacements: how often in a row each may be replaced, without an answer from any of them in between. Each
+                is counted by itself: a node may be lost with many of them at once.
             clock: seconds that never go back.
+            spares: how many there are beside those that serve.
         """
         self._role, self._allowed, self._clock = role, replacements, clock
-        self._states = [State.STARTING] * count
-        self._due = [0.0] * count
+        self._places = count
+        self._states = [State.STARTING] * (count + spares)
+        self._due = [0.0] * (count + spares)
         self._causes: list[str] = []
+        self._in_a_row = [0] * (count + spares)
 
     def state(self, number: int) -> State:
         """State of one actor."""
@@ -47,19 +57,32 @@ class Health:
         return [number for number, state in enumerate(self._states) if state in states]
 
     def started(self, number: int) -> None:
-        """The process is there."""
-        self._move(number, (State.STARTING,), State.SERVING)
+        """The process is there: it serves, or waits for a place."""
+        free = len(self.having(State.SERVING)) < self._places
+        self._move(number, (State.STARTING,), State.SERVING if free else State.SPARE)
 
     def answered(self) -> None:
         """One of the actors did its work: losses are counted anew."""
         self._causes.clear()
+        self._in_a_row = [0] * len(self._states)
 
-    def lost(self, number: int, cause: str) -> None:
-        """An actor is gone. The first of a row is replaced at once, later ones after a pause that doubles."""
-        self._move(number, (State.STARTING, State.SERVING), State.LOST)
+    def lost(self, number: int, cause: str) -> int | None:
+        """An actor is gone. The first time in a row it is replaced at once, later after a pause that doubles.
+
+        Returns:
+            The spare that serves in its place from now on, if there is one.
+        """
+        served = self._states[number] is State.SERVING
+        self._move(number, (State.STARTING, State.SERVING, State.SPARE), State.LOST)
         self._causes.append(cause)
-        pause = 0.0 if len(self._causes) == 1 else min(2.0 ** (len(self._causes) - 2), LONGEST_PAUSE_S)
+        self._in_a_row[number] += 1
+        pause = 0.0 if self._in_a_row[number] == 1 else min(2.0 ** (self._in_a_row[number] - 2), LONGEST_PAUSE_S)
         self._due[number] = self._clock() + pause
+        spares = self.having(State.SPARE)
+        if not served or not spares:
+            return None
+        self._move(spares[0], (State.SPARE,), State.SERVING)
+        return spares[0]
 
     def due(self) -> list[int]:
         """Lost actors whose replacement is to be started now."""
@@ -72,7 +95,7 @@ class Health:
     @property
     def given_up(self) -> str | None:
         """Why no actor will be replaced any more, as a person should read it; None while there is hope."""
-        if len(self._causes) <= self._allowed:
+        if max(self._in_a_row) <= self._allowed:
             return None
         what = f"a {self._role} actor was lost"
         if self._allowed:

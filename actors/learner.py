@@ -26,6 +26,7 @@ from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, 
 from actors.operator_cache import load_operator
 from actors.processes import admit, enter
 from actors.rollout import Weights
+from actors.room import room
 from actors.waiting import LOST, lost_because, wait_all
 from common.commit import storage_errors
 from common.errors import ActorError, ClusterError, DeadlineError, LearnerError, NumericsError
@@ -277,7 +278,7 @@ class LearnerGroup:
         actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(LearnerRank)
         self._ranks = [actor.remote(rank, role.threads, role.gpus) for rank in range(self.world)]
         entering = [enter(rank, f"learner-{number}") for number, rank in enumerate(self._ranks)]
-        for said in wait_all(entering, "learner ranks to start", self._deadline):
+        for said in wait_all(entering, "learner ranks to start", self._deadline, room.look):
             admit(said)
         asked = self._ranks[0].address.remote(LOOPBACK if one_node() else None, config.learner_port)
         ((address, port),) = wait_all([asked], "a rendezvous of the learner ranks", self._deadline)

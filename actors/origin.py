@@ -43,6 +43,11 @@ def source_digest(root: Path) -> str:
     return whole.hexdigest()[:16]
 
 
+def answer_of(question: Path, node: str) -> Path:
+    """Where a node leaves its answer to a question in the run folder."""
+    return question.with_name(f"{question.name}-{node}")
+
+
 def look(question: Path, answer: Path, dataset: Path, names: Sequence[str]) -> dict[str, Any]:
     """Called on a node: what it reads at ``question``, which it copies to ``answer``, and of files in ``dataset``.
 
@@ -61,15 +66,25 @@ def look(question: Path, answer: Path, dataset: Path, names: Sequence[str]) -> d
     return {"token": token, "error": error, "files": files}
 
 
-def arrive(_: Any, name: str, expected: dict[str, str], logs: Path | None) -> dict[str, Any]:
-    """Called on a new actor: opens its log, unless it runs something else than ``expected``.
+def arrive(
+    _: Any, name: str, expected: dict[str, str], logs: Path | None, asked: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Called on a new actor: looks at the shared storage where nobody has done so on its node, and opens its log,
+    unless it runs something else than ``expected``.
+
+    Args:
+        asked: ``path``, ``dataset``, ``names`` and ``known`` of a :class:`actors.shared_storage.Question`; None where
+            nothing is asked.
 
     Returns:
-        Its name, node, process and versions, for :func:`actors.processes.admit`.
+        Its name, node, process and versions and what it saw, for :func:`actors.processes.admit`.
     """
     import psutil
     import ray
 
+    node, seen = ray.get_runtime_context().get_node_id(), None
+    if asked and node not in asked["known"]:
+        seen = look(asked["path"], answer_of(asked["path"], node), asked["dataset"], asked["names"])
     found = versions()
     if logs and expected.items() <= found.items():
         from common.role_logs import log_to
@@ -78,7 +93,8 @@ def arrive(_: Any, name: str, expected: dict[str, str], logs: Path | None) -> di
         logging.getLogger("omnialpha").info("process %d on %s: %s", os.getpid(), ray.util.get_node_ip_address(), found)
     return {
         "name": name,
-        "node": ray.get_runtime_context().get_node_id(),
+        "node": node,
+        "seen": seen,
         "address": ray.util.get_node_ip_address(),
         "pid": os.getpid(),
         "born": psutil.Process().create_time(),

@@ -222,6 +222,7 @@ class RewardPool:
             replacements=config.replacements,
             deadline_s=config.deadline_s,
             notify=notify,
+            spares=role.spares,
         )
         self._scorers = ScorerPool(isolated, config.deadline_s) if isolated else None
         self.crew.begin()

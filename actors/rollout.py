@@ -238,6 +238,7 @@ class RolloutPool:
             replacements=config.replacements,
             deadline_s=config.deadline_s,
             notify=notify,
+            spares=role.spares,
         )
         self.crew.begin()
 
@@ -251,7 +252,7 @@ class RolloutPool:
         """Submits groups, shared among the actors by their relative costs, and returns at once; the groups come one by
         one as they exist, in any order."""
         asked = {}
-        for number, share in enumerate(balance(costs, len(self.crew.actors))):
+        for number, share in enumerate(balance(costs, self.crew.count)):
             for place in share:
                 request = requests[place]
                 asked[self.crew.ask(functools.partial(_sample, request, weights), number)] = request

@@ -10,10 +10,10 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from actors.stacks import dump_stacks
-from common.errors import ActorError, DeadlineError, OmniAlphaError
+from common.errors import ActorError, DeadlineError, LostValueError, OmniAlphaError
 
 log = logging.getLogger("omnialpha")
 
@@ -93,12 +93,14 @@ class Wait:
         return self._deadline - silent
 
 
-def wait_all(refs: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
+def wait_all(refs: Sequence[Any], what: str, deadline_s: float, look: Callable[[], None] | None = None) -> list[Any]:
     """Values of all ``refs``, in order. Large values do not belong here: wait for the small return beside them.
 
     The first failure ends the wait at once, so that ranks which hang because a peer failed do not hide its error.
+    ``look`` is called while nothing happens, and ends the wait by raising.
 
     Raises:
+        LostValueError: what a call was to work on was lost with its node.
         DeadlineError: not all were there in time; says how many were missing.
         ActorError: an actor died, or raised something unexpected (its traceback is in the log).
         OmniAlphaError: an actor raised an expected error; it arrives as itself.
@@ -109,6 +111,8 @@ def wait_all(refs: Sequence[Any], what: str, deadline_s: float) -> list[Any]:
         ready, pending = ray.wait(pending, num_returns=1, timeout=min(wait.left(len(pending)), LOOK_UP_EVERY_S))
         for ref in ready:
             values[ref] = _get(ref, what)
+        if look and not ready:
+            look()
     return [values[ref] for ref in refs]
 
 
@@ -121,6 +125,12 @@ def _get(ref: Any, what: str) -> Any:
 
 def expected(error: RayError, what: str) -> OmniAlphaError:
     """What a failed call means to a person: an actor's own expected error, or one message about the actor."""
+    if isinstance(error, ObjectLostError):  # also where an actor's argument was: its error is of both classes
+        log.debug("%s: %s", what, error)
+        return LostValueError(
+            f"{what}: a value was lost with the node that held it; run the same command again to go on from the last "
+            "commit"
+        )
     if isinstance(error, RayTaskError):
         cause = error.cause
         log.debug("%s failed:\n%s", what, error)

@@ -54,6 +54,10 @@ class ActorError(ClusterError):
     """An actor died or raised something nobody expected."""
 
 
+class LostValueError(ActorError):
+    """A large value, of which there was one copy, was lost with the node that held it."""
+
+
 class LearnerError(ActorError):
     """The learner ranks, which are lost together, were lost in the middle of their work."""
 

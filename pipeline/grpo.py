@@ -23,7 +23,7 @@ from actors.learner import Item, LearnerGroup, first_ratio_message
 from actors.reward import RewardPool
 from actors.rollout import Group, RolloutPool, Weights
 from actors.waiting import wait_all
-from common.errors import ActorError, NumericsError, RewardError
+from common.errors import ActorError, LostValueError, NumericsError, RewardError
 from common.events import in_flight, read_events
 from data.seeding import seed_for
 from data.tasks import get_task
@@ -99,7 +99,8 @@ def show(run: Run, rewards: RewardPool, step: int, scored: Sequence[Scored]) -> 
 
 
 def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, weights: Weights) -> list[Scored]:
-    """Samples and scores the groups of a step; with ``resample``, replaces those that cannot be trained on."""
+    """Samples and scores the groups of a step; with ``resample``, replaces those that cannot be trained on. Where some
+    are lost with a node, they are sampled again, and are the same groups."""
     config, stage = run.config, run.config.grpo
     scored: list[Scored] = []
     for attempt in range(1 + stage.resample):
@@ -116,8 +117,18 @@ def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, we
         ]
         for request, draw in zip(requests, draws, strict=True):
             run.events.write("group_launched", stage="grpo", step=step + 1, group=request.name, task=draw.task)
-        groups = rollouts.sample(requests, [get_task(draw.task).images for draw in draws], weights)
-        scored += collect(groups, rewards, weights.version, config.cluster.deadline_s)
+        costs = [get_task(draw.task).images for draw in draws]
+        for left in reversed(range(1 + config.cluster.replacements)):
+            try:
+                scored += collect(
+                    rollouts.sample(requests, costs, weights), rewards, weights.version, config.cluster.deadline_s
+                )
+                break
+            except LostValueError as error:
+                if not left:
+                    raise
+                log.warning("%s; the groups of step %d are sampled again", error, step + 1)
+                run.events.write("groups_lost", stage="grpo", step=step + 1, cause=str(error))
     return scored
 
 

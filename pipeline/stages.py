@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from actors.cluster import connected
+from actors.cluster import connected, placement
 from actors.isolation import ScorerPool, isolated_terms
 from actors.judge import JudgePool
 from actors.learner import LearnerGroup
@@ -16,9 +16,10 @@ from actors.packages import check_runtime_env
 from actors.processes import roster
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool, RolloutSetup
-from actors.shared_storage import check_shared_storage
+from actors.room import room
+from actors.shared_storage import SharedStorage
 from actors.waiting import PROCESS_ENDED
-from common.errors import CheckpointError, ConfigError, Interrupted, LearnerError, StorageError
+from common.errors import CheckpointError, ConfigError, Interrupted, LearnerError, LostValueError, StorageError
 from common.role_logs import first_failure
 from data.build import build_dataset
 from data.manifest import MANIFEST, read_manifest
@@ -245,13 +246,18 @@ def rollout_setup(run: Run) -> RolloutSetup:
 
 
 def _run_on_cluster(run: Run, todo: Sequence[str]) -> None:
+    cluster, others = run.config.cluster, other_rows(run.config)
     # Ray installs signal handlers of its own when it connects: ours go on top.
     with (
-        connected(run.config.cluster, other_rows(run.config)),
+        connected(cluster, others, may_grow=True),
         run.signals(),
+        room.kept([*placement(cluster), *others], cluster.wait_s),
         contextlib.closing(Actors(run)) as actors,
+        contextlib.closing(SharedStorage(run.folder, run.config.dataset_folder)) as storage,
     ):
-        check_shared_storage(run.folder, run.config.dataset_folder, run.config.cluster.deadline_s)
+        room.wait(functools.partial(run.stop_here, todo[0]))
+        storage.check(cluster.deadline_s)
+        roster.storage = storage
         if todo[0] in ("vae", "sft") and {"grpo", "evaluate"} & set(todo):
             actors.try_scorers()
         for stage in todo:
@@ -285,18 +291,26 @@ def run_stage(run: Run, actors: Actors, stage: str) -> None:
 
 def surviving(run: Run, actors: Actors, stage: Callable[[], None]) -> None:
     """Runs a stage; where learner ranks are lost, builds new ones and runs it again: it goes on from its last commit.
+    So it does where values were lost with a node that nobody can make again.
 
     Raises:
         LearnerError: they were lost more than ``cluster.replacements`` times without a commit in between.
+        LostValueError: values were.
     """
     allowed, lost, commits = run.config.cluster.replacements, list[str](), run.commits
     while True:
         try:
             return stage()
-        except LearnerError as error:
+        except (LearnerError, LostValueError) as error:
             if run.commits > commits:
                 lost, commits = [], run.commits
             lost.append(str(error))
+            if isinstance(error, LostValueError):
+                run.events.write("values_lost", cause=str(error))
+                if len(lost) > allowed:
+                    raise
+                log.warning("%s; the stage is run again from its last commit", error)
+                continue
             run.events.write("actor_lost", role="learner", cause=str(error))
             if len(lost) > allowed:
                 raise LearnerError(

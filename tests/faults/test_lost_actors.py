@@ -64,9 +64,11 @@ def heard() -> Heard:
 def crew(heard) -> Iterator[Any]:
     made: list[Crew] = []
 
-    def start(count: int = 2, replacements: int = 3) -> Crew:
+    def start(count: int = 2, replacements: int = 3, spares: int = 0) -> Crew:
         actor = ray.remote(num_cpus=0.1)(Worker)
-        crew = Crew("rollout", actor.remote, count, replacements=replacements, deadline_s=240.0, notify=heard)
+        crew = Crew(
+            "rollout", actor.remote, count, replacements=replacements, deadline_s=240.0, notify=heard, spares=spares
+        )
         made.append(crew)
         crew.begin()
         return crew
@@ -149,8 +151,41 @@ def test_only_silence_of_the_whole_role_counts_towards_a_deadline(crew):
         crew.wait([crew.ask(lambda a: a.work.remote(30, 0))], "work")
 
 
+def test_a_spare_takes_the_work_of_a_killed_actor_at_once_and_a_new_spare_is_started(crew, heard):
+    crew = crew(count=1, spares=1)
+    (place,) = crew.serving
+    victim, spare = pid_of(crew.actors[place]), pid_of(crew.actors[1 - place])
+    working = crew.ask(lambda a: a.work.remote(0.5, 7), number=0)
+    killed = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    assert crew.wait([working], "work") == [(7, spare)]
+    assert time.monotonic() - killed < 2 + 0.5, "as long as the work and two seconds"
+    crew.wait([crew.ask(lambda a: a.work.remote(0, 8))], "work")
+    assert heard.names()[:2] == ["actor_lost", "actor_replaced"]
+    facts = heard.events[1][1]
+    assert (facts["actor"], facts["spare"]) == (place, 1 - place)
+    assert facts["seconds"] < 2
+    crew.begin()  # waits for the new spare
+    assert heard.names()[2:] == ["spare_started"]
+    assert heard.events[2][1]["actor"] == place
+    assert crew.serving == [1 - place]
+
+
+def test_a_spare_that_dies_idle_is_noticed_and_replaced_before_it_is_needed(crew, heard):
+    crew = crew(count=1, spares=1)
+    (place,) = crew.serving
+    os.kill(pid_of(crew.actors[1 - place]), signal.SIGKILL)
+    end = time.monotonic() + 120
+    while "actor_replaced" not in heard.names():
+        assert time.monotonic() < end
+        crew.wait([crew.ask(lambda a: a.work.remote(0.2, 1))], "work")
+    assert heard.names() == ["actor_lost", "actor_replaced"]
+    assert {facts["actor"] for _, facts in heard.events} == {1 - place}
+    assert crew.serving == [place]
+
+
 def test_work_that_kills_whoever_does_it_stops_the_run_with_role_and_first_cause(crew, heard):
-    crew = crew(replacements=2)
+    crew = crew(count=1, replacements=2)
     poison = crew.ask(lambda a: a.die.remote())
     with pytest.raises(ActorError) as caught:
         crew.wait([poison], "work")
@@ -200,11 +235,11 @@ def config(tmp_path_factory, real_dataset) -> Any:
     return make
 
 
-def trained(config: RunConfig, disturb: Any = None) -> tuple[dict[str, torch.Tensor], list[dict]]:
+def trained(config: RunConfig, disturb: Any = None, spares: int = 0) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Weights and events of a whole GRPO stage."""
     cluster = ClusterConfig(
         learner=RoleConfig(cpus=0.1),
-        rollout=RoleConfig(actors=2, cpus=0.1),
+        rollout=RoleConfig(actors=2, cpus=0.1, spares=spares),
         reward=RoleConfig(cpus=0.1),
         deadline_s=240,
     )
@@ -277,3 +312,34 @@ def test_a_run_whose_rollout_and_reward_actors_are_killed_at_work_ends_bit_equal
         return [{k: v for k, v in e.items() if k not in timed} for e in log if e["event"] == "step"]
 
     assert steps(events) == steps(calm)
+
+
+@pytest.mark.faults
+def test_a_spare_has_a_killed_rollout_actors_place_within_two_seconds_and_the_run_ends_bit_equal(
+    config, undisturbed, tmp_path
+):
+    killer, at = Killer(), list[float]()
+
+    def disturb(patch: pytest.MonkeyPatch, rollouts: RolloutPool, rewards: RewardPool) -> None:
+        sample = rollouts.sample
+
+        def sample_and_kill(requests, costs, weights):
+            victim = rollouts.crew.actors[rollouts.crew.serving[0]]
+            pid = pid_of(victim)
+            groups = sample(requests, costs, weights)
+            if requests[0].step == 2:
+                killer.at_work(victim, pid, "sample")
+                at.append(time.time())
+            return groups
+
+        patch.setattr(rollouts, "sample", sample_and_kill)
+
+    weights, events = trained(config(tmp_path / "run"), disturb, spares=1)
+    quiet, calm = undisturbed
+    assert all(torch.equal(weights[name], quiet[name]) for name in quiet)
+    assert group_balance(events) == group_balance(calm)
+    (replaced,) = (e for e in events if e["event"] == "actor_replaced")
+    assert "spare" in replaced
+    assert replaced["seconds"] < 2
+    print(f"a spare had the place {replaced['time'] - at[0]:.2f} s after the kill")  # noqa: T201
+    assert replaced["time"] - at[0] < 2

@@ -19,9 +19,9 @@ def clock() -> Clock:
     return Clock()
 
 
-def serving(clock: Clock, count: int = 2, replacements: int = 3) -> Health:
-    health = Health("rollout", count, replacements, clock)
-    for number in range(count):
+def serving(clock: Clock, count: int = 2, replacements: int = 3, spares: int = 0) -> Health:
+    health = Health("rollout", count, replacements, clock, spares=spares)
+    for number in range(count + spares):
         health.started(number)
     return health
 
@@ -88,7 +88,70 @@ def test_giving_up_names_the_role_and_the_first_cause_of_the_row(clock):
     assert health.given_up == "rollout actors were lost 3 times in a row, the first time because out of memory"
 
 
+def test_a_node_lost_with_many_actors_is_one_loss_of_each_and_all_are_replaced_at_once(clock):
+    health = serving(clock, 8, replacements=1)
+    for number in range(8):
+        health.lost(number, "its node is gone")
+    assert health.given_up is None
+    assert health.due() == list(range(8))
+    for number in range(8):
+        health.restarting(number)
+    health.lost(5, "no room for it")
+    assert health.given_up == "rollout actors were lost 9 times in a row, the first time because its node is gone"
+
+
 def test_without_replacements_the_first_loss_is_the_end(clock):
     health = serving(clock, 1, replacements=0)
     health.lost(0, "killed")
     assert health.given_up == "a rollout actor was lost because killed"
+
+
+def test_who_starts_while_all_places_are_taken_is_a_spare(clock):
+    health = Health("rollout", 2, 3, clock, spares=1)
+    for number in (2, 0, 1):  # whoever is there first serves
+        health.started(number)
+    assert health.having(State.SERVING) == [0, 2]
+    assert health.having(State.SPARE) == [1]
+
+
+def test_a_spare_takes_the_place_of_a_lost_actor_at_once_whose_successor_becomes_the_spare(clock):
+    health = serving(clock, 2, spares=1)
+    assert health.lost(0, "killed") == 2
+    assert health.having(State.SERVING) == [1, 2]
+    assert health.due() == [0], "the new one is started in the background"
+    health.restarting(0)
+    assert health.having(State.SPARE) == []
+    health.started(0)
+    assert health.having(State.SPARE) == [0]
+
+
+def test_a_lost_spare_and_one_that_was_only_starting_are_replaced_by_nobody(clock):
+    health = serving(clock, 2, spares=2)
+    assert health.lost(3, "killed") is None
+    health.restarting(3)
+    assert health.lost(3, "killed again") is None
+    assert health.having(State.SERVING) == [0, 1]
+    assert health.having(State.SPARE) == [2]
+
+
+def test_without_a_spare_left_a_place_stays_empty_until_somebody_is_started(clock):
+    health = serving(clock, 2, spares=1)
+    assert health.lost(0, "killed") == 2
+    assert health.lost(1, "killed") is None
+    assert health.having(State.SERVING) == [2]
+    health.restarting(0)
+    health.started(0)
+    assert health.having(State.SERVING) == [0, 2]
+    clock.now += LONGEST_PAUSE_S
+    health.restarting(1)
+    health.started(1)
+    assert health.having(State.SPARE) == [1]
+
+
+def test_losses_of_spares_count_towards_giving_up(clock):
+    health = serving(clock, 1, replacements=1, spares=1)
+    health.lost(1, "out of memory")
+    assert health.given_up is None
+    health.restarting(1)
+    health.lost(1, "out of memory")
+    assert health.given_up == "rollout actors were lost 2 times in a row, the first time because out of memory"

@@ -1,0 +1,272 @@
+"""Clusters of several nodes on this machine: one that grows, one that is too small, and the loss of a node."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.crew import Crew
+from actors.learner import LearnerGroup
+from actors.processes import roster
+from actors.reward import RewardPool
+from actors.shared_storage import SharedStorage
+from common.errors import ClusterError, PlacementError
+from common.events import group_balance, read_events
+from pipeline.config import RunConfig, load_config
+from pipeline.plan import check_plan
+from pipeline.run import Run
+from pipeline.stages import run_stages
+from policy.folder import load_transformer
+from tests.faults import worker
+from tests.faults.worker import Worker
+from tests.integration.policies import write_policy
+
+ray.cloudpickle.register_pickle_by_value(worker)  # actors cannot import the tests
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("without_ray"),
+]
+
+STEPS, PROMPTS = 4, 3
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Starts a cluster whose nodes have so many CPUs each; the first is the driver's."""
+    started: list[Cluster] = []
+
+    def start(*cpus: float) -> Cluster:
+        made = Cluster(initialize_head=True, head_node_args=node(cpus[0]))
+        started.append(made)
+        for number in cpus[1:]:
+            made.add_node(**node(number))
+        return made
+
+    yield start
+    ray.shutdown()
+    for made in started:
+        made.shutdown()
+
+
+def node(cpus: float) -> dict[str, Any]:
+    return {"num_cpus": cpus, "num_gpus": 0, "object_store_memory": 150 * 2**20}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return write_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def config(policy, real_dataset, tmp_path) -> Any:
+    def make(cluster: Cluster, *overrides: str, name: str = "run") -> RunConfig:
+        own = [f"run_dir={tmp_path / name}", f"dataset={real_dataset}", f"grpo.start={policy}"]
+        size = [f"grpo.steps={STEPS}", f"grpo.prompts={PROMPTS}", "grpo.group=3", "grpo.optimiser.lr=1e-3"]
+        size += ["grpo.commit_every=2", "tracking.wandb=disabled", "cluster.deadline_s=240"]
+        return load_config("tiny", [*own, *size, f"cluster.address={cluster.address}", *overrides])
+
+    return make
+
+
+def roles(learner: float = 1, rollout: float = 2, reward: float = 1) -> list[str]:
+    """CPUs of the one actor that each role has."""
+    return [
+        f"cluster.{role}.cpus={cpus}" for role, cpus in (("learner", learner), ("rollout", rollout), ("reward", reward))
+    ] + [f"cluster.{role}.actors=1" for role in ("learner", "rollout", "reward")]
+
+
+def steps(events: list[dict]) -> list[dict]:
+    timed = ("time", "attempt", "sample_s", "train_s", "max_seconds", "idle_learner", "idle_rollout")
+    return [{k: v for k, v in e.items() if k not in timed} for e in events if e["event"] == "step"]
+
+
+def trained(config: RunConfig) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Weights and events of a whole GRPO stage."""
+    run_stages(config, ["grpo"])
+    return load_transformer(config.folder / "grpo" / "final" / "model").state_dict(), events_of(config)
+
+
+def remove_node_of(name: str, cluster: Cluster) -> list[str]:
+    """Ends the raylet under an actor with all its processes; returns the names of the run's actors that were there."""
+    gone = roster.known()[name].node
+    lost = sorted(other for other, process in roster.known().items() if process.node == gone)
+    (raylet,) = (each for each in cluster.worker_nodes if each.node_id == gone)
+    cluster.remove_node(raylet, allow_graceful=False)
+    return lost
+
+
+def events_of(config: RunConfig) -> list[dict]:
+    return read_events(config.folder / "events.jsonl")
+
+
+# A cluster that grows ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_waits_for_a_node_that_joins_and_says_what_it_waits_for(cluster, config, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="omnialpha")
+    monkeypatch.setattr("actors.room.REPORT_EVERY_S", 1.0)
+    small, stop_here, looks = cluster(2), Run.stop_here, []
+    settings = config(small, *roles(), "cluster.wait_s=120", "grpo.steps=1", "grpo.commit_every=1")
+
+    def grow(self: Run, stage: str) -> None:  # asked twice a second while the run waits
+        looks.append(stage)
+        if len(looks) == 6:
+            small.add_node(**node(2))
+        stop_here(self, stage)
+
+    monkeypatch.setattr(Run, "stop_here", grow)
+    run_stages(settings, ["grpo"])
+    said = (settings.folder / "log.txt").read_text()
+    assert "waiting for a larger cluster: the configured actors need 4 CPUs (learner 1 × 1 CPU, rollout 1 × 2" in said
+    assert said.index("waiting for a larger cluster") < said.index("the cluster is large enough")
+    assert [e["step"] for e in events_of(settings) if e["event"] == "step"] == [1]
+
+
+def test_a_cluster_that_does_not_grow_in_time_is_refused_with_what_is_missing(cluster, config):
+    settings = config(cluster(2), *roles(), "cluster.wait_s=3")
+    with pytest.raises(PlacementError, match=r"need 4 CPUs .* the cluster offers 2; .*\(after 3 s\)"):
+        run_stages(settings, ["grpo"])
+    assert not [e for e in events_of(settings) if e["event"] == "stage_started"]
+
+
+def test_a_node_that_joins_later_is_asked_about_the_shared_storage_by_the_first_actor_there(
+    cluster, real_dataset, tmp_path
+):
+    made = cluster(1)
+    ray.init(made.address, logging_level="ERROR", log_to_driver=False)
+    (tmp_path / "run").mkdir()
+    storage, actor = SharedStorage(tmp_path / "run", real_dataset), ray.remote(num_cpus=0)(Worker)
+
+    def start(on: str) -> None:
+        where = NodeAffinitySchedulingStrategy(on, soft=False)
+        make = actor.options(scheduling_strategy=where).remote
+        crew = Crew("reward", make, 1, replacements=0, deadline_s=120.0)
+        try:
+            crew.begin()
+        finally:
+            ray.kill(crew.actors[0])
+
+    try:
+        storage.check(deadline_s=120.0)
+        roster.storage = storage
+        first, second = (made.add_node(**node(1)).node_id for _ in range(2))
+        start(first)
+        assert storage.question.known == {made.head_node.node_id, first}
+        storage.question.path.unlink()  # as on a node without the mount
+        start(first)
+        start(made.head_node.node_id)
+        with pytest.raises(ClusterError, match=r"does not share .*run with the driver \(No such file"):
+            start(second)
+    finally:
+        roster.open(None)
+        storage.close()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_plan_has_a_line_for_every_node_of_the_cluster(cluster, config):
+    lines = check_plan(config(cluster(2, 3), *roles(learner=3, rollout=1, reward=1))).splitlines()
+    found = {line.split()[1]: line for line in lines if "GiB" in line}
+    assert found.keys() == {"2", "3"}
+    assert found["3"].endswith("  learner × 1")
+    assert found["2"].endswith("  rollout × 1, reward × 1")
+
+
+# The loss of a node --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["before they are scored", "before they are trained"])
+def test_a_node_lost_with_its_rollout_actor_and_finished_groups_changes_nothing_in_the_outcome(
+    cluster, config, monkeypatch, scored
+):
+    three, score, train, lost = cluster(2, 3, 3), RewardPool.score, LearnerGroup.train, list[str]()
+    # The learner starts on the driver's node, where no room is left for a rollout actor. Groups are too large to travel
+    # with the messages to the driver.
+    own = [*roles(learner=1, rollout=2, reward=0.01), "grpo.group=9"]
+    quiet, calm = trained(config(three, *own, name="quiet"))
+
+    def score_and_lose(self, group):
+        if not scored and group.request.step == 3 and group.request.group == 1 and not lost:
+            lost.extend(remove_node_of("rollout-0", three))
+        return score(self, group)
+
+    def train_and_lose(self, step, *rest):
+        if scored and step == 2 and not lost:
+            lost.extend(remove_node_of("rollout-0", three))
+        return train(self, step, *rest)
+
+    monkeypatch.setattr(RewardPool, "score", score_and_lose)
+    monkeypatch.setattr(LearnerGroup, "train", train_and_lose)
+    weights, events = trained(config(three, *own))
+    assert "rollout-0" in lost
+    assert "learner-0" not in lost
+    assert all(torch.equal(weights[name], quiet[name]) for name in quiet)
+    assert steps(events) == steps(calm)
+    told = Counter(event["event"] for event in events)
+    balance = group_balance(events)
+    if scored:  # only the ranks know that trajectories are gone, and do so in the middle of a step
+        assert [e["to_step"] for e in events if e["event"] == "rollback"] == [2]
+        assert balance["dropped:rolled back"] == PROMPTS
+    else:  # the step's groups are sampled again, nobody else loses anything
+        assert told["groups_lost"] >= 1
+        assert {e["step"] for e in events if e["event"] == "groups_lost"} == {3}
+        assert told["rollback"] == 0
+        assert balance == group_balance(calm)
+        assert {e["role"] for e in events if e["event"] == "actor_replaced"} <= {"rollout", "reward"}
+    # A replacement may first be placed on the lost node, as long as the cluster does not know of the loss.
+    assert {f"{e['role']}-{e['actor']}" for e in events if e["event"] == "actor_lost" and "actor" in e} == set(lost)
+    assert balance["launched"] == sum(count for key, count in balance.items() if key != "launched")
+
+
+def test_a_node_lost_without_room_for_its_actors_ends_the_run_with_what_it_needs(cluster, config, monkeypatch):
+    two, score = cluster(2, 2), RewardPool.score
+    settings = config(two, *roles())
+
+    def score_and_lose(self, group):
+        if group.request.step == 3 and group.request.group == 1:
+            remove_node_of("rollout-0", two)
+        return score(self, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardPool, "score", score_and_lose)
+        with pytest.raises(PlacementError, match=r"need 4 CPUs .*rollout 1 × 2 CPU.* offers 2; .*cluster.wait_s"):
+            run_stages(settings, ["grpo"])
+    ray.shutdown()
+    two.add_node(**node(2))
+    _, events = trained(settings)  # with the node back, the same command goes on
+    assert [e["to_step"] for e in events if e["event"] == "rollback"] == [2]
+    assert [e["step"] for e in steps(events)] == [1, 2, 3, 4]
+    balance = group_balance(events)
+    assert balance["launched"] == sum(count for key, count in balance.items() if key != "launched")
+
+
+def test_learner_ranks_on_a_lost_node_are_built_anew_elsewhere_from_the_last_commit(cluster, config, monkeypatch):
+    three, train, lost = cluster(1, 2, 2), LearnerGroup.train, list[str]()
+    own = roles(learner=2, rollout=0.01, reward=0.01)  # the rank does not fit on the driver's node, the others do
+    quiet, calm = trained(config(three, *own, name="quiet"))
+
+    def train_and_lose(self, step, *rest):
+        if step == 3 and not lost:
+            lost.extend(remove_node_of("learner-0", three))  # and the weights that step 3 was sampled with
+        return train(self, step, *rest)
+
+    monkeypatch.setattr(LearnerGroup, "train", train_and_lose)
+    weights, events = trained(config(three, *own))
+    assert lost == ["learner-0"]
+    assert all(torch.equal(weights[name], quiet[name]) for name in quiet)
+    assert [e["to_step"] for e in events if e["event"] == "rollback"] == [2]
+    taken = steps(events)
+    assert [e["step"] for e in taken] == [1, 2, 3, 3, 4], "step 3 was repeated: commits are made every two steps"
+    assert taken[2] == taken[3]
+    assert [*taken[:2], *taken[3:]] == steps(calm)
+    assert {e["role"] for e in events if e["event"] in ("actor_lost", "actor_replaced")} == {"learner"}
+    balance = group_balance(events)
+    assert balance["launched"] == balance["trained"] + balance["dropped:rolled back"] == (STEPS + 2) * PROMPTS
