@@ -28,6 +28,7 @@ from actors.metrics import RunMetrics
 from common.commit import Commit, begin, commit, latest, retain, step_folder, storage_errors, verify, write_atomic
 from common.errors import CheckpointError, ConfigError, Interrupted
 from common.events import EventLog, read_events
+from data.sampler import TaskSampler
 from pipeline.config import RunConfig
 from pipeline.tracking import Tracker
 
@@ -62,6 +63,7 @@ class Run:
         self.events.write("run_started", config=config.identity_hash(), pid=os.getpid())
         self.tracker = Tracker(config, self.folder)
         self.commits, self.committed_at = 0, time.time()
+        self.samplers: dict[str, TaskSampler] = {}
         self._stop: int | None = None
         self._stop_at = 0.0
 

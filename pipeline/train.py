@@ -167,9 +167,11 @@ def pictures(run: Run, stage: str, learner: LearnerGroup) -> Callable[[int], Non
 
 
 def task_sampler(run: Run, stage: str, tasks: dict[str, float]) -> TaskSampler:
-    """The stage's own stream of training records."""
-    data = RecordDataset(run.config.dataset_folder, "train")
-    return TaskSampler(data.task_positions, tasks, seed_for(run.config.seed, "stream", stage), data.sizes)
+    """The stage's own stream of training records, opened once in a run: that reads the split's index."""
+    if stage not in run.samplers:
+        data, seed = RecordDataset(run.config.dataset_folder, "train"), seed_for(run.config.seed, "stream", stage)
+        run.samplers[stage] = TaskSampler(data.task_positions, tasks, seed, data.sizes)
+    return run.samplers[stage]
 
 
 def starting_point(run: Run, wanted_by: str) -> Start:

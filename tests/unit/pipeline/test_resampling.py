@@ -64,11 +64,16 @@ class Driver:
 Start = Callable[..., Driver]
 
 
+opened: list[str] = []
+"""Splits that were opened, one entry each time."""
+
+
 @pytest.fixture
 def start(tmp_path, monkeypatch) -> Iterator[Start]:
     """Opens a run whose training split has the records of ``POSITIONS``."""
     dataset = SimpleNamespace(task_positions=POSITIONS, sizes=None)
-    monkeypatch.setattr(pipeline.train, "RecordDataset", lambda folder, split: dataset)
+    opened.clear()
+    monkeypatch.setattr(pipeline.train, "RecordDataset", lambda folder, split: opened.append(split) or dataset)
     runs: list[Run] = []
 
     def begin(constant: Callable[[str], bool] = lambda name: False, resample: int = 2, seed: int = 1) -> Driver:
@@ -191,3 +196,10 @@ def test_a_step_in_which_nothing_could_be_trained_on_still_hands_over_every_grou
     batch = select(driver.roll_out(4), driver.run.config.rewards)
     assert not batch.items
     assert sorted(batch.dropped) == [f"5.{k}" for k in range(2 * PROMPTS)]
+
+
+def test_a_run_opens_the_training_split_once_for_each_of_its_streams(start):
+    driver = start(lambda name: name.endswith(".0"), resample=1)
+    for step in range(3):
+        driver.roll_out(step)
+    assert opened == ["train", "train"]  # of prompts and of replacements

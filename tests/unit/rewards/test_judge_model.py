@@ -48,7 +48,7 @@ def step(program, micro, optimiser):
     optimiser.zero_grad()
     (loss.total / loss.count).backward()
     optimiser.step()
-    return float(loss.total) / loss.count
+    return float(loss.total.detach()) / loss.count
 
 
 def test_training_lowers_the_loss_of_what_it_saw(real_dataset):
