@@ -19,7 +19,7 @@ from pydantic import Field
 from actors import training_state
 from common.config import StrictConfig
 from common.errors import CheckpointError, NumericsError
-from policy.precision import Precision, computing
+from policy.precision import Precision, attending, computing
 from policy.programs import MicroLoss
 
 
@@ -114,9 +114,13 @@ class Engine:
         if config.ema:
             self.ema = {name: value.detach().clone() for name, value in self.weights().items()}
 
+    @property
+    def _device_type(self) -> str:
+        return next(self.module.parameters()).device.type
+
     def autocast(self) -> AbstractContextManager[None]:
         """Context of a forward pass at the configured precision."""
-        return computing(self.config.precision, next(self.module.parameters()).device.type)
+        return computing(self.config.precision, self._device_type)
 
     def accumulate(self, loss: MicroLoss, global_count: int, *, last: bool, weight: float = 1.0) -> None:
         """Backward of one micro-batch.
@@ -133,7 +137,8 @@ class Engine:
             raise NumericsError(f"loss is {float(loss.total)} before the optimiser step; nothing was trained on it")
         self.engine.set_gradient_accumulation_boundary(last)
         scaled = loss.total * (weight * self.world / global_count)
-        self.engine.backward(scaled, scale_wrt_gas=False)
+        with attending(self.config.precision, self._device_type):  # checkpointed blocks are computed again in here
+            self.engine.backward(scaled, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # counts the micro-batch; no update before the boundary
 
