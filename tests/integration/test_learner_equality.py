@@ -102,8 +102,8 @@ def test_in_bfloat16_the_first_ratio_is_exactly_one_where_both_sides_compute_in_
     learners, policy, real_dataset, steps, stage
 ):
     coarse = rolled_out(policy, real_dataset, groups=3, precision="bfloat16")
-    fine = [trajectory.log_probs_GW for trajectory, _ in steps[0]]
-    assert any(not np.array_equal(group.log_probs_GW, other) for (group, _), other in zip(coarse, fine, strict=False))
+    fine = [trajectory.window_GWMCHW for trajectory, _ in steps[0]]
+    assert not any(np.array_equal(group.window_GWMCHW, other) for (group, _), other in zip(coarse, fine, strict=False))
     learner = learners(2)
     learner.setup(factory(policy), OptimiserConfig(lr=LR), EngineConfig(zero_stage=stage, precision="bfloat16"), 1)
     assert learner.recompute(items(coarse))[1] == 0.0
