@@ -185,10 +185,10 @@ def test_a_rollout_actor_killed_with_groups_of_several_versions_in_flight_costs_
     config, victims = make(tmp_path / "run", 2), []
 
     def kill(step: int, run: Run) -> None:
-        if step == 3:
+        if step == 1:  # steps 2 to 4 are with the actors and are done before this one answers; 5 and 6 are yet to come
             pool = actors.rollouts[str(rollout_setup(run))]
             pid = ray.get(pool.crew.actors[0].__ray_call__.remote(lambda _: os.getpid()))
-            os.kill(pid, signal.SIGSTOP)  # what it has and is given from now on surely dies with it
+            os.kill(pid, signal.SIGSTOP)  # what it is given from now on surely dies with it
             threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
             victims.append(pid)
 
