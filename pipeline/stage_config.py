@@ -207,6 +207,9 @@ class GrpoStageConfig(TrainingConfig):
     """Whether the members of a group start from the same noise."""
     first_ratio_bound: float = Field(1e-6, ge=0)
     """Largest |ratio − 1| allowed while the learner still holds the weights that sampled the group."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay per optimiser step of the averaged weights that the stage hands on, as in Flow-GRPO's code; rollouts and the
+    gaming watch's looks take the newest weights. 0 switches averaging off."""
     gradient_checkpointing: bool = False
     """As in ``sft``."""
     pictures_every: int = Field(10, ge=1)
@@ -234,7 +237,9 @@ class GrpoStageConfig(TrainingConfig):
 
     @property
     def engine(self) -> EngineConfig:
-        return super().engine.model_copy(update={"gradient_checkpointing": self.gradient_checkpointing})
+        return super().engine.model_copy(
+            update={"ema": self.ema, "gradient_checkpointing": self.gradient_checkpointing}
+        )
 
     @property
     def recording(self) -> Recording:

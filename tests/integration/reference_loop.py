@@ -46,6 +46,7 @@ def reference_loop(config: RunConfig) -> Outcome:
     sampler = TaskSampler(data.task_positions, stage.tasks, seed_for(seed, "stream", "grpo"))
     scorers = [build(term.source, term.params) for term in rewards.terms]
     out = Outcome({name: p.detach().clone() for name, p in trained.items()})
+    averaged, updates = {name: p.detach().clone() for name, p in trained.items()}, 0
     policies = deque([deepcopy(model)], maxlen=stage.max_staleness + 1)
     for step in range(stage.steps):
         batch, began = [], time.perf_counter()
@@ -100,7 +101,12 @@ def reference_loop(config: RunConfig) -> Outcome:
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), stage.optimiser.clip_norm)
                 out.norms.append(float(norm))
                 optimiser.step()
+                updates += 1
+                decay = min(stage.ema, (1 + updates) / (10 + updates))
+                averaged = {
+                    name: decay * value + (1 - decay) * trained[name].detach() for name, value in averaged.items()
+                }
         policies.append(deepcopy(model))
         out.seconds.append(time.perf_counter() - began)
-    out.after = {name: p.detach().clone() for name, p in trained.items()}
+    out.after = {name: p.detach().clone() for name, p in (averaged if stage.ema else trained).items()}
     return out

@@ -34,6 +34,7 @@ VARIANTS = {
     "updates": ["grpo.minibatches=2", "grpo.epochs=2", "grpo.objective.clip_range=0.01"],
     "lag 1": ["grpo.max_staleness=1", "grpo.objective.clip_range=0.01"],
     "lag 2": ["grpo.max_staleness=2", "grpo.minibatches=2", "grpo.objective.clip_range=0.01"],
+    "average": ["grpo.ema=0.4", "grpo.minibatches=2", "grpo.objective.clip_range=0.01"],
     "cps": ["grpo.kernel={name: cps, eta: 0.8}", "grpo.share_noise=true"],
 }
 
@@ -136,6 +137,7 @@ def assert_equal(real: Outcome, expected: Outcome) -> None:
         ("full", 2, 1, 1),
         ("full", 2, 3, 2),
         ("full", 2, 1, 3),
+        ("average", 2, 1, 1),
         ("lora", 1, 1, 1),
         ("lora", 2, 1, 3),
         ("updates", 2, 3, 1),
