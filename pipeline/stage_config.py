@@ -208,8 +208,8 @@ class GrpoStageConfig(TrainingConfig):
     first_ratio_bound: float = Field(1e-6, ge=0)
     """Largest |ratio − 1| allowed while the learner still holds the weights that sampled the group."""
     ema: float = Field(0.0, ge=0, lt=1)
-    """Decay per optimiser step of the averaged weights that the stage hands on, as in Flow-GRPO's code; rollouts and the
-    gaming watch's looks take the newest weights. 0 switches averaging off."""
+    """Decay per optimiser step of the averaged weights that the stage hands on, as in Flow-GRPO's code; rollouts and
+    the gaming watch take the newest weights. 0 switches averaging off."""
     gradient_checkpointing: bool = False
     """As in ``sft``."""
     pictures_every: int = Field(10, ge=1)
