@@ -8,6 +8,8 @@ whatever else the machine does; the seconds of real work in them are reported be
 counted: the steps after the first three, from one step's end to the next.
 
 - balanced phases: sequential / pipelined at least 1.85 with lag 1, at least 2.5 with lag 2
+- judging: with lag 2 a step whose reward actors wait for a judge as long as the others work lasts at most 1.15 times a
+  step whose reward actors do not wait
 - unbalanced phases (rollout : reward : learner as 3 : 1 : 2): at least 90 % of min(lag + 1, sum / longest)
 - orchestration: what a step of the sequential loop lasts beyond its phases, at most 20 ms. Publishing weights, a few
   milliseconds for this policy, is part of it.
@@ -53,6 +55,7 @@ WARM_UP = 3
 BALANCED, UNBALANCED = (1.0, 1.0, 1.0), (1.5, 0.5, 1.0)
 """Lengths of rollout, reward and learner phase, relative to ``--phase``."""
 TARGETS = {1: 1.85, 2: 2.5}
+JUDGED = 1.15
 ORCHESTRATION_S = 0.02
 CLUSTER = ClusterConfig(
     cpus=2,
@@ -163,6 +166,11 @@ def main() -> None:
                 reached = f"ideal {ideal:.2f}, target {target:.2f}"
                 print(f"{name}, lag {lag}: {ratio:.2f} ({ahead.mean:.3f} s a step), {reached}", flush=True)
                 missed += [f"{name} lag {lag}: {ratio:.2f} < {target:.2f}"] if ratio < target else []
+                if shape == BALANCED and lag == 2:
+                    unjudged = bench.measure([lengths[0], 0.0, lengths[2]], lag)
+                    ratio = ahead.mean / unjudged.mean
+                    print(f"judging, lag 2: {ratio:.2f} ({unjudged.mean:.3f} s without), target {JUDGED}", flush=True)
+                    missed += [f"judging {ratio:.2f} > {JUDGED}"] if ratio > JUDGED else []
     if missed:
         print("missed:", "; ".join(missed))
         sys.exit(1)

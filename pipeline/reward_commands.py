@@ -4,6 +4,7 @@ several say about stored rollouts."""
 import argparse
 import inspect
 import keyword
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from common.errors import ConfigError, OmniAlphaError, RewardError, StorageError
 from pipeline.child import Beat, in_child
+
+log = logging.getLogger("omnialpha")
 
 SCORER = '''\
 """Reward {name}: say here what it prefers."""
@@ -75,6 +78,17 @@ def register(commands: Any) -> None:
     check.add_argument("--size", type=int, default=64, help="height of the example images in pixels (%(default)s)")
     check.add_argument("--deadline", type=_seconds, default=300.0, help="seconds for all of it (%(default)s)")
     check.set_defaults(handler=_check)
+    fit = reward.add_parser("fit-words", help="fit prompt_fidelity's map to a dataset and say what it is worth")
+    fit.add_argument(
+        "dataset", type=Path, metavar="DATASET", help="a dataset folder with the splits train, val and test"
+    )
+    fit.add_argument(
+        "out", type=Path, metavar="OUT.safetensors", help="where to write the map and, beside it, OUT.json"
+    )
+    fit.add_argument(
+        "--records", type=int, default=150, help="pictures for measuring, per split and task (%(default)s)"
+    )
+    fit.set_defaults(handler=_fit_words)
     score = reward.add_parser("score", help="score stored rollouts with any rewards and compare them")
     score.add_argument("rollouts", type=Path, help="a run's grpo/rollouts folder, or one of its files")
     score.add_argument("targets", nargs="*", metavar="TARGET", help="scorers; default: the rewards of --config")
@@ -180,6 +194,37 @@ def _score_here(beat: Beat, config: Any, rollouts: Path) -> Any:
             yield group.pixels
 
     return rescore(config, pixels())
+
+
+def _fit_words(options: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from common.commit import write_atomic
+    from data.manifest import read_manifest
+    from data.records import RecordDataset
+    from rewards.word_fitting import fit_to
+
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"{options.out} must end with .safetensors: it will hold tensors")
+    if options.records < 1:
+        raise ConfigError("--records must be at least 1")
+    manifest = read_manifest(options.dataset)
+    train, val, test = (RecordDataset(options.dataset, split) for split in ("train", "val", "test"))
+
+    def progress(done: int, count: int) -> None:
+        if done % 200 == 0 or done == count:
+            log.info("%d of %d objects", done, count)
+
+    fitted = fit_to(train, val, test, options.records, progress)
+    fitted.words.save(options.out)
+    facts = {key: value for key, value in asdict(fitted).items() if key != "words"}
+    facts |= {"dataset": manifest.content_digest, "dataset_config": manifest.config}
+    write_atomic(options.out.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+    rows: list[tuple[str, ...]] = [("AUC on", "pictures", "classes", "words", "both")]
+    for name, row in fitted.aucs.items():
+        rows.append((name, str(fitted.trials[name]), *(f"{row[kind]:.3f}" for kind in ("classes", "words", "both"))))
+    print(f"fitted to {fitted.objects} objects, strength {fitted.strength:g}\n{_table(rows)}\nwrote {options.out}")
 
 
 def _seconds(text: str) -> float:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.errors import RewardError
+from common.errors import ConfigError, RewardError
 from data.rgba import over
 from data.tasks import named_object
 from policy.clip import load_clip
 from policy.features import CLASS_SIDE, class_names, load_efficientnet, resized
 from rewards.base import RewardBatch, register
 from rewards.terms import on_black_and_white
+from rewards.words import load_words
 
 if TYPE_CHECKING:
     from policy.text import TextEncoder
@@ -48,25 +49,38 @@ def _wanted(batch: RewardBatch, scorer: str) -> str:
 
 @register("prompt_fidelity")
 class PromptFidelity:
-    """Nearness of the classes that EfficientNet-Lite0 sees to the named object, as MiniLM understands the words.
+    """Nearness of what EfficientNet-Lite0 sees to the named object, as MiniLM understands the words.
 
-    Σ p·cos(name, object) / Σ p over the ten most probable ImageNet classes, p the mean over {black, white}.
+    The mean of two cosines: of the classes that it sees (:func:`class_nearness`), and of what a map fitted to named
+    objects reads from its features (:mod:`rewards.words`).
 
-    A weak judge (docs/rewards.md): it knows 1000 classes, sees photographs better than drawings, and a picture of the
-    right thing among many wrong ones gains little. It tells a cat from a car, not a good cat from a bad one.
+    Not a strong judge (docs/rewards.md): it knows photographs better than drawings, and tells a cat from a car, not a
+    good cat from a bad one.
     """
 
     needs = frozenset({"prompt"})
-    describes = "EfficientNet-Lite0 class names, all-MiniLM-L6-v2"
+    describes = "EfficientNet-Lite0, all-MiniLM-L6-v2"
 
-    def __init__(self) -> None:
+    def __init__(self, weights: str | Path | None = None, words: bool = True) -> None:
         """
+        Args:
+            weights: a map that ``omnialpha reward fit-words`` wrote; None is the one that comes with the package.
+            words: whether the map is asked at all.
+
         Raises:
-            ConfigError: the weights or the class names are not installed.
+            ConfigError: the network's weights, its class names or the map are missing.
         """
+        if weights is not None and not words:
+            raise ConfigError(
+                "prompt_fidelity: weights name a map from features to words, and words: false leaves it out"
+            )
         load_efficientnet()
         class_names()
         _text_encoder()
+        self.weights = Path(weights).expanduser() if weights is not None else None
+        self.words = words
+        if words:
+            load_words(self.weights)
 
     def score(self, batch: RewardBatch) -> Tensor:
         """Scores (G,) in [−1, 1], mostly between 0 and 1.
@@ -74,14 +88,35 @@ class PromptFidelity:
         Raises:
             RewardError: the prompt names no object.
         """
-        wanted = _text_encoder().sentence(_wanted(batch, "prompt_fidelity"))
-        blends_N3HW = _object_blends(batch).flatten(0, 1)
-        with torch.no_grad():
-            network = load_efficientnet(device=blends_N3HW.device)
-            seen_NK = network(resized(blends_N3HW, CLASS_SIDE, CLASS_SIDE)).probabilities_NK.cpu()
-        top = seen_NK.reshape(batch.members, 2, -1).mean(dim=1).topk(TOP_CLASSES, dim=1)
-        nearness_GT = torch.stack([torch.stack([_name_vector(int(k)) @ wanted for k in row]) for row in top.indices])
-        return (top.values * nearness_GT).sum(dim=1) / top.values.sum(dim=1)
+        wanted_D = _text_encoder().sentence(_wanted(batch, "prompt_fidelity"))
+        features_GC, classes_GK = _pooled(_object_blends(batch))
+        by_class_G = class_nearness(classes_GK, wanted_D)
+        if not self.words:
+            return by_class_G
+        return (by_class_G + load_words(self.weights).nearness(features_GC, wanted_D)) / 2
+
+
+def see(layers_GLCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (G, C) and ImageNet class probabilities (G, K) of composited layers, mean over {black, white}."""
+    return _pooled(on_black_and_white(over(layers_GLCHW)))
+
+
+def _pooled(blends_G23HW: Tensor) -> tuple[Tensor, Tensor]:
+    members = len(blends_G23HW)
+    blends_N3HW = blends_G23HW.flatten(0, 1)
+    with torch.no_grad():
+        seen = load_efficientnet(device=blends_N3HW.device)(resized(blends_N3HW, CLASS_SIDE, CLASS_SIDE))
+    features, classes = (
+        part.cpu().reshape(members, 2, -1).mean(dim=1) for part in (seen.pooled_NC, seen.probabilities_NK)
+    )
+    return features, classes
+
+
+def class_nearness(classes_GK: Tensor, wanted_D: Tensor) -> Tensor:
+    """Σ p·cos(name, object) / Σ p over the ten most probable classes of each member, (G,) in [−1, 1]."""
+    top = classes_GK.topk(TOP_CLASSES, dim=1)
+    nearness_GT = torch.stack([torch.stack([_name_vector(int(k)) @ wanted_D for k in row]) for row in top.indices])
+    return (top.values * nearness_GT).sum(dim=1) / top.values.sum(dim=1)
 
 
 @lru_cache(maxsize=1)

@@ -38,7 +38,7 @@ def test_a_cat_is_nearer_to_a_cat_than_to_a_car_and_than_a_grey_square_is(make_b
 
 def test_the_score_is_the_probability_weighted_cosine_of_the_ten_likeliest_names(make_batch, cat_layers):
     batch = make_batch(**REFERRING, layers_GLCHW=cat_layers, targets_LCHW=None, prompt="Cut out a striped cat.")
-    encoder, found = TextEncoder(), PromptFidelity().score(batch)
+    encoder, found = TextEncoder(), PromptFidelity(words=False).score(batch)
 
     def vector(text: str) -> torch.Tensor:
         states = encoder.encode(text).double().mean(dim=0)
