@@ -58,5 +58,5 @@ def trained(config: RunConfig, disturb: Any = None) -> tuple[dict[str, torch.Ten
 
 def steps(events: list[dict]) -> dict[int, dict]:
     """What each step came to in the end."""
-    timed = ("time", "sample_s", "train_s", "max_seconds", "idle_learner", "idle_rollout")
+    timed = ("time", "attempt", "sample_s", "train_s", "max_seconds", "idle_learner", "idle_rollout")
     return {e["step"]: {k: v for k, v in e.items() if k not in timed} for e in events if e["event"] == "step"}
