@@ -1,6 +1,6 @@
 # make demo    the whole system on real data: VAE, SFT, GRPO, evaluation (about half an hour on two cores)
 # make test    every test, with one tiny run of the whole loop
-# make test-faults   whole runs disturbed on purpose: killed actors and ranks, an interrupted gaming watch
+# make test-faults   whole runs disturbed on purpose, and a step of every shipped config
 # make setup   what both need, in .venv; quick when it is there
 # make judge-env  the judge's own environment, .venv-judge: vLLM for GPUs where there are any, else for CPUs
 # make study   the demo with two more seeds, after a demo; forty minutes on two cores
@@ -45,7 +45,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-faults: setup
-	$(BIN)/python -m pytest -m faults -n 0
+	$(BIN)/python -m pytest -m 'faults or slow' -n 0
 
 lint: setup
 	$(BIN)/ruff check .

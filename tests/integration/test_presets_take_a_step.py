@@ -15,7 +15,7 @@ from pipeline.config import load_config
 from policy.folder import starting_policy
 from tests.unit.policy.tiny_base import stock_pipeline, write_base
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 OMNIALPHA = str(Path(sys.executable).parent / "omnialpha")
 PRESETS = ("gpu_141gb", "node_8x80gb", "cluster_64gpu")
@@ -38,7 +38,7 @@ def base(tmp_path_factory) -> Path:
 
 def omnialpha(*arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST", "OMP_"))}
-    return subprocess.run([OMNIALPHA, *arguments], capture_output=True, text=True, timeout=900, env=kept)
+    return subprocess.run([OMNIALPHA, *arguments], capture_output=True, text=True, timeout=500, env=kept)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
