@@ -29,7 +29,7 @@ from data.seeding import seed_for
 from data.tasks import get_task
 from pipeline.ahead import Ahead
 from pipeline.run import Progress, Run
-from pipeline.train import starting_point, task_sampler
+from pipeline.train import starting_point, supervised_items, supervised_program, task_sampler
 from pipeline.watch import Watch
 from policy.group import GroupMeta, GroupRequest
 from rewards.combine import RewardConfig, active_terms, batch_advantages, keep_group, scalar_rewards
@@ -49,7 +49,8 @@ def run_grpo(
 ) -> None:
     """Trains the starting policy with rewards of its decoded layers; ``judged``: what the judge's servers count."""
     config, stage = run.config, run.config.grpo
-    make = stage.program(starting_point(run, "grpo"))
+    start_policy = starting_point(run, "grpo")
+    make = stage.program(start_policy, supervised_program(run, start_policy))
     learner.setup(make, stage.optimiser, stage.engine, stage.steps)
     watch = Watch(run, learner, rollouts, rewards)
     progress = Progress(run, "grpo", stage.steps, stage.commit_every)
@@ -149,6 +150,8 @@ def update(run: Run, learner: LearnerGroup, step: int, items: list[Item], weight
     for part in portions(items, stage.minibatches, stage.epochs, (run.config.seed, step)):
         # Only before its first update does the learner hold the policy that sampled, and only without staleness: the
         # ranks check the ratio then.
+        number = step * stage.epochs * stage.minibatches + len(records)
+        part = [*part, *supervised_items(run, number, part)]
         records.append(learner.train(step, part, None if records or not fresh else stage.first_ratio_bound))
     return merge_records(records)
 

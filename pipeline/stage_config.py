@@ -17,7 +17,7 @@ from policy.group import Recording
 from policy.kernels import KernelConfig
 from policy.precision import Precision
 from policy.programs import SftConfig
-from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start
+from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start, Supervised, SupervisedConfig
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
 from policy.vae_program import VaeLossConfig
@@ -186,6 +186,8 @@ class GrpoStageConfig(TrainingConfig):
     """Loss of ``grpo``."""
     nft: NftConfig = NftConfig()
     """Loss of ``nft``."""
+    supervised: SupervisedConfig | None = None
+    """SFT's loss and stream of records beside the objective; null trains on rewards alone."""
     sampling: SamplingConfig = SamplingConfig()
     """Schedule and window of rollouts."""
     kernel: KernelConfig = KernelConfig()
@@ -251,12 +253,12 @@ class GrpoStageConfig(TrainingConfig):
         """Whether the learner computes the old log-probabilities itself."""
         return self.algorithm == "grpo" and self.objective.old_log_probs == "recomputed"
 
-    def program(self, start: Start) -> Callable[[], GrpoProgram | NftProgram]:
-        """Builds the objective's program from a starting policy."""
+    def program(self, start: Start, supervised: Supervised | None = None) -> Callable[[], GrpoProgram | NftProgram]:
+        """Builds the objective's program from a starting policy, with a supervised loss beside it where given."""
         sigmas = self.sampling.schedule.sigmas()
         if self.algorithm == "nft":
-            return functools.partial(NftProgram, start, self.nft, sigmas)
-        return functools.partial(GrpoProgram, start, self.objective, self.kernel, sigmas)
+            return functools.partial(NftProgram, start, self.nft, sigmas, supervised)
+        return functools.partial(GrpoProgram, start, self.objective, self.kernel, sigmas, supervised)
 
     def doubts(self) -> list[str]:
         """Settings that are allowed and probably not meant."""

@@ -4,7 +4,8 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from actors.learner import Item, LearnerGroup
@@ -15,8 +16,8 @@ from data.tasks import get_task
 from pipeline.run import Progress, Run
 from pipeline.stage_config import BatchedConfig
 from policy.folder import load_vae, save_vae
-from policy.programs import Batch, make_sft_program
-from policy.rl import Start
+from policy.programs import Batch, SftProgram, make_sft_program
+from policy.rl import Start, Supervised
 from policy.vae import set_latent_statistics
 from policy.vae_program import make_rgb_program, make_started_program, make_vae_program
 from rewards.judge.training import make_judge_program
@@ -179,6 +180,42 @@ def starting_point(run: Run, wanted_by: str) -> Start:
     grpo = run.config.grpo
     policy = grpo.start or run.require("sft", wanted_by=wanted_by) / "model"
     return Start(policy, grpo.lora, seed_for(run.config.seed, "adapter"))
+
+
+def supervised_program(run: Run, start: Start) -> Supervised | None:
+    """What GRPO's learner ranks make the supervised loss from; None where none is configured.
+
+    Raises:
+        ConfigError: the run has no VAE stage, whose latents it trains on.
+    """
+    config = run.config
+    if not config.grpo.supervised:
+        return None
+    latents = run.require("vae", wanted_by="grpo.supervised")
+    return functools.partial(
+        SftProgram,
+        config=config.sft.objective,
+        vae_stage=latents,
+        dataset=config.dataset_folder,
+        seed=config.seed,
+        lora=config.grpo.lora,
+        start=start.policy,
+    )
+
+
+def supervised_items(run: Run, update: int, groups: Sequence[Item]) -> list[Item]:
+    """Records for the supervised loss of GRPO's optimiser step ``update`` (from 0) on ``groups``. They go on in SFT's
+    stream: records and noise that SFT has not had."""
+    config, sft, members = run.config.grpo.supervised, run.config.sft, run.config.grpo.group
+    if not config:
+        return []
+    beside = sft.model_copy(update={"micro_batches": config.micro_batches})
+    position = sft.steps * sft.micro_batches + update * config.micro_batches
+    share = config.weight * sum(group.count for group in groups) / _records(beside)
+    # A call on records costs about what one on as many members of a group does.
+    cost = sum(group.cost for group in groups) / sum(group.calls for group in groups) * sft.micro_batch / members
+    items = step_items(task_sampler(run, "sft", sft.tasks), beside, position)
+    return [replace(item, count=0, extra=share, cost=cost, name=f"supervised {item.name}") for item in items]
 
 
 def _records(config: BatchedConfig) -> int:

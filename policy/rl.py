@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from diffusers import QwenImageTransformer2DModel
 from pydantic import Field
 
 from common.config import StrictConfig
@@ -23,7 +24,7 @@ from policy.folder import export_policy, load_vae, starting_policy
 from policy.group import GroupTrajectory, Recording
 from policy.kernels import KernelConfig, Transition, standard_kl, transition
 from policy.objectives import clipped_loss, guarded_log_ratio, nft_loss
-from policy.programs import MicroLoss
+from policy.programs import Batch, MicroLoss, SftProgram
 from policy.sampling import member_noise
 
 
@@ -66,6 +67,18 @@ class NftConfig(StrictConfig):
 RlMicro = tuple[GroupTrajectory, np.ndarray, int]
 """A group, its advantages (G,) with NaN for members that lost their scores, and the place of one trained step."""
 
+Demonstration = tuple[Batch, float]
+"""Records for the supervised loss, and what each of them counts in the sum of the policy's losses."""
+
+
+class SupervisedConfig(StrictConfig):
+    """SFT's loss beside the policy's, on records that SFT has not had (PPO-ptx, arXiv 2203.02155)."""
+
+    weight: float = Field(gt=0)
+    """Of the mean supervised loss beside the mean loss of the policy."""
+    micro_batches: int = Field(4, ge=1)
+    """Backward calls per optimiser step over all ranks, of ``sft.micro_batch`` records each."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -79,10 +92,15 @@ class Start:
     """Of a fresh adapter."""
 
 
+Supervised = Callable[[QwenImageTransformer2DModel], SftProgram]
+"""Makes the supervised program round the transformer that the policy's objective trains."""
+
+
 class RlProgram:
     """What both objectives share: the policy, the policy it started from, one micro-batch per step of a group."""
 
-    def __init__(self, start: Start, kl: float) -> None:
+    def __init__(self, start: Start, kl: float, supervised: Supervised | None = None) -> None:
+        """``supervised`` makes the supervised program of a transformer, where its loss is added."""
         self._start = start
         # Evaluation mode, as in the sampler: the ratio of an unchanged policy is exactly 1.
         self.module = starting_policy(start.policy, start.lora, start.seed).eval()
@@ -92,6 +110,7 @@ class RlProgram:
         elif kl:
             self._frozen = deepcopy(self.module).requires_grad_(False)
         self._device = self.module.device
+        self._demonstrated = supervised(self.module) if supervised else None
 
     def place(self, device: torch.device) -> None:
         """As :class:`policy.programs.Program` wants it."""
@@ -99,12 +118,34 @@ class RlProgram:
         self.module.to(device)
         if self._frozen is not None:
             self._frozen.to(device)
+        if self._demonstrated is not None:
+            self._demonstrated.place(device)
 
     def begin_batch(self, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Called on every rank before the first update on a batch of rollouts."""
 
-    def micro_batches(self, payload: GroupTrajectory, extra: np.ndarray) -> Sequence[RlMicro]:
+    def micro_batches(
+        self, payload: GroupTrajectory | Batch, extra: np.ndarray | float
+    ) -> Sequence[RlMicro | Demonstration]:
+        if isinstance(payload, Batch):
+            assert isinstance(extra, float)
+            return [(payload, extra)]
+        assert isinstance(extra, np.ndarray)
         return [(payload, extra, place) for place in range(len(payload.steps))]
+
+    def loss(self, model: torch.nn.Module, micro: RlMicro | Demonstration) -> MicroLoss:
+        """Forwards ``model`` on one step of a group, or on records that show what is right."""
+        if len(micro) == 3:
+            return self.group_loss(model, micro)
+        assert self._demonstrated is not None
+        batch, share = micro
+        found = self._demonstrated.loss(model, batch)
+        # It adds nothing to the count: the mean stays that of the policy's terms.
+        return MicroLoss(found.total * share, 0, {"supervised": found.stats["mse"] * share})
+
+    def group_loss(self, model: torch.nn.Module, micro: RlMicro) -> MicroLoss:
+        """The objective on one step of a group."""
+        raise NotImplementedError
 
     def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         start = self._start
@@ -124,11 +165,18 @@ class RlProgram:
 class GrpoProgram(RlProgram):
     """Clipped GRPO on the recorded window transitions: one micro-batch is one step of one group."""
 
-    def __init__(self, start: Start, config: GrpoConfig, kernel: KernelConfig, sigmas: Sequence[float]) -> None:
-        super().__init__(start, config.kl)
+    def __init__(
+        self,
+        start: Start,
+        config: GrpoConfig,
+        kernel: KernelConfig,
+        sigmas: Sequence[float],
+        supervised: Supervised | None = None,
+    ) -> None:
+        super().__init__(start, config.kl, supervised)
         self._config, self._kernel, self._sigmas = config, kernel, tuple(sigmas)
 
-    def loss(self, model: torch.nn.Module, micro: RlMicro) -> MicroLoss:
+    def group_loss(self, model: torch.nn.Module, micro: RlMicro) -> MicroLoss:
         group, advantages_G, place = micro
         advantages = torch.tensor(advantages_G, dtype=torch.float32).to(self._device)
         kept = ~advantages.isnan()
@@ -186,8 +234,10 @@ class NftProgram(RlProgram):
     and samples from it. It is a whole second copy of the model on every rank, with an adapter too.
     """
 
-    def __init__(self, start: Start, config: NftConfig, sigmas: Sequence[float]) -> None:
-        super().__init__(start, config.kl)
+    def __init__(
+        self, start: Start, config: NftConfig, sigmas: Sequence[float], supervised: Supervised | None = None
+    ) -> None:
+        super().__init__(start, config.kl, supervised)
         self._config, self._sigmas = config, tuple(sigmas)
         self._old = deepcopy(self.module).requires_grad_(False)
 
@@ -200,7 +250,7 @@ class NftProgram(RlProgram):
         unknown = self._old.load_state_dict(dict(weights()), strict=False).unexpected_keys
         assert not unknown, f"weights of another model: {unknown[:3]}"
 
-    def loss(self, model: torch.nn.Module, micro: RlMicro) -> MicroLoss:
+    def group_loss(self, model: torch.nn.Module, micro: RlMicro) -> MicroLoss:
         group, advantages_G, place = micro
         advantages = torch.tensor(advantages_G, dtype=torch.float32).to(self._device)
         kept = ~advantages.isnan()
