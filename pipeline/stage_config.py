@@ -234,6 +234,11 @@ class GrpoStageConfig(TrainingConfig):
             raise ValueError(
                 f"nft.times {self.nft.times} does not fit: the schedule has {self.sampling.schedule.steps} noise levels"
             )
+        if self.supervised and self.start:
+            raise ValueError(
+                "supervised takes the latents of this run's own VAE stage, which a policy of grpo.start may not know; "
+                "leave out one of them"
+            )
         _check_lora(self.lora, self.precision)
         return self
 

@@ -186,7 +186,7 @@ def supervised_program(run: Run, start: Start) -> Supervised | None:
     """What GRPO's learner ranks make the supervised loss from; None where none is configured.
 
     Raises:
-        ConfigError: the run has no VAE stage, whose latents it trains on.
+        CheckpointError: the VAE stage, whose latents it trains on, is not done.
     """
     config = run.config
     if not config.grpo.supervised:

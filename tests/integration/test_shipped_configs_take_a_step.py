@@ -28,7 +28,7 @@ WATCH = ["grpo.watch.every=1", "grpo.watch.records=2"]
 EVALUATE = ["evaluate.records=2", "evaluate.batch=2", "evaluate.schedule.steps=2", "evaluate.draws=100"]
 JUDGE = ["judge.steps=1", "judge.micro_batch=2", "judge.micro_batches=2"]
 RUNS = {
-    "scratch": [*VAE, *SFT, *GRPO, *WATCH, *EVALUATE],
+    "scratch": [*VAE, *SFT, *GRPO, "grpo.supervised={weight: 0.1, micro_batches: 2}", *WATCH, *EVALUATE],
     "tiny": [*VAE, *SFT, *GRPO, "continued.steps=1", *WATCH, *EVALUATE],
     "demo": [*SFT, *GRPO, "continued.steps=1", *WATCH, *EVALUATE],
 }

@@ -9,7 +9,7 @@ import torch
 
 from actors.engine import EngineConfig, OptimiserConfig
 from actors.learner import Item
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from pipeline.config import load_config
 from pipeline.run import Run
 from pipeline.train import supervised_items, supervised_program
@@ -115,7 +115,7 @@ def test_records_go_on_where_sft_ended_and_weigh_what_the_config_says(real_datas
     try:
         groups = [Item(None, 12, cost=80.0, calls=4), Item(None, 8, cost=40.0, calls=2)]
         first, second = (supervised_items(run, update, groups) for update in (0, 1))
-        with pytest.raises(ConfigError, match="vae"):
+        with pytest.raises(CheckpointError, match=r"stage 'grpo\.supervised' needs the result of 'vae'"):
             supervised_program(run, Start(tmp_path / "policy"))
     finally:
         run.close()
@@ -124,3 +124,8 @@ def test_records_go_on_where_sft_ended_and_weigh_what_the_config_says(real_datas
     assert all(item.count == 0 and item.calls == 1 for item in first)
     assert sum(item.extra * config.sft.micro_batch for item in first) == pytest.approx(0.5 * 20)
     assert {item.cost for item in first} == {20.0 * config.sft.micro_batch / config.grpo.group}
+
+
+def test_a_policy_from_elsewhere_cannot_be_shown_this_runs_latents(tmp_path):
+    with pytest.raises(ConfigError, match="supervised takes the latents of this run's own VAE stage"):
+        load_config("tiny", [f"grpo.start={tmp_path}", "grpo.supervised={weight: 0.5}"])
