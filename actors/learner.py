@@ -271,6 +271,7 @@ class LearnerGroup:
         self._deadline, self.world = config.deadline_s, config.learner.actors
         self._optimiser: OptimiserConfig | None = None
         self._steps = 0
+        self._begun = list[Any]()
         self._start()
 
     def _start(self) -> None:
@@ -291,6 +292,7 @@ class LearnerGroup:
         # The old processes must be gone: they hold the rendezvous port and the memory that the new ones need.
         pending = [rank.__ray_ready__.remote() for rank in self._ranks]
         ray.wait(pending, num_returns=len(pending), timeout=30.0)
+        self._begun = []
         self._start()
 
     def setup(self, build: Callable[[], Program], optimiser: OptimiserConfig, engine: EngineConfig, steps: int) -> int:
@@ -340,9 +342,10 @@ class LearnerGroup:
         return {"lr": lr} | {k: v if k.startswith("max_") else v / count for k, v in total.items()}
 
     def begin_batch(self, sampled_by: Weights | None = None) -> None:
-        """Before the first update on a batch of rollouts; ``sampled_by`` where that was not the current policy."""
+        """Before the first update on a batch of rollouts; ``sampled_by`` where that was not the current policy. Returns
+        at once: ranks make their calls in order, and whoever waits for the next one hears of an error in this one."""
         old = (sampled_by.source, sampled_by.buffer) if sampled_by else None
-        self._each("begin a batch", lambda r, _: r.begin_batch.remote(old))
+        self._begun += [rank.begin_batch.remote(old) for rank in self._ranks]
 
     def recompute(self, items: Sequence[Item]) -> tuple[list[Item], float]:
         """The items with the learner's own old log-probabilities, and the largest |ratio − 1| to the delivered ones.
@@ -413,8 +416,9 @@ class LearnerGroup:
         return self._all([submit(rank, number) for number, rank in enumerate(self._ranks)], f"learner ranks: {what}")
 
     def _all(self, refs: Sequence[Any], what: str) -> list[Any]:
+        begun, self._begun = self._begun, []
         try:
-            return wait_all(refs, what, self._deadline)
+            return wait_all([*begun, *refs], what, self._deadline)[len(begun) :]
         except (ActorError, DeadlineError) as error:
             raise LearnerError(self._dead() or str(error)) from None
 
