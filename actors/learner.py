@@ -287,13 +287,20 @@ class LearnerGroup:
         wait_all(connecting, "ranks to connect", self._deadline)
 
     def rebuild(self) -> None:
-        """Ends all ranks and starts new ones, which know nothing: :meth:`setup` and :meth:`restore` come next."""
+        """Ends all ranks and starts new ones, which know nothing: :meth:`setup` and :meth:`restore` come next.
+
+        Raises:
+            LearnerError: one of them was lost before they had met, or did not come in time.
+        """
         self.close()
         # The old processes must be gone: they hold the rendezvous port and the memory that the new ones need.
         pending = [rank.__ray_ready__.remote() for rank in self._ranks]
         ray.wait(pending, num_returns=len(pending), timeout=30.0)
         self._begun = []
-        self._start()
+        try:
+            self._start()
+        except (ActorError, DeadlineError) as error:
+            raise LearnerError(self._dead() or str(error)) from None
 
     def setup(self, build: Callable[[], Program], optimiser: OptimiserConfig, engine: EngineConfig, steps: int) -> int:
         """Gives every rank a program; returns its number of trained parameters."""

@@ -298,8 +298,13 @@ def surviving(run: Run, actors: Actors, stage: Callable[[], None]) -> None:
         LostValueError: values were.
     """
     allowed, lost, commits = run.config.cluster.replacements, list[str](), run.commits
+    ranks_lost_at: float | None = None
     while True:
         try:
+            if ranks_lost_at is not None:  # new ranks may be lost as well, while they start
+                actors.learner.rebuild()
+                run.events.write("actor_replaced", role="learner", seconds=round(time.monotonic() - ranks_lost_at, 3))
+                ranks_lost_at = None
             return stage()
         except (LearnerError, LostValueError) as error:
             if run.commits > commits:
@@ -318,9 +323,7 @@ def surviving(run: Run, actors: Actors, stage: Callable[[], None]) -> None:
                     f"{lost[0]}; mend that, then run the same command again to go on from the last commit"
                 ) from None
             log.warning("learner ranks were lost (%s); all are started again from the last commit", error)
-            began = time.monotonic()
-            actors.learner.rebuild()
-            run.events.write("actor_replaced", role="learner", seconds=round(time.monotonic() - began, 3))
+            ranks_lost_at = ranks_lost_at or time.monotonic()
 
 
 def ensure_dataset(config: RunConfig) -> None:

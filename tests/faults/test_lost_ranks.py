@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+import actors.learner
 from common.errors import LearnerError
 from common.events import group_balance, read_events
 from tests.faults.grpo_stage import small_stage, steps, trained
@@ -58,6 +59,34 @@ def test_ranks_lost_in_the_middle_of_steps_are_built_anew_and_every_step_is_that
     assert balance["launched"] == sum(count for key, count in balance.items() if key != "launched") == 12 + 6
     assert balance["dropped:rolled back"] == 6
     assert "in_flight" not in balance
+
+
+def test_a_new_rank_that_is_lost_before_the_ranks_have_met_is_one_more_loss_and_not_the_end(
+    config, tmp_path, monkeypatch
+):
+    lost, wait_all = list[Any](), actors.learner.wait_all
+
+    def disturb(learner, step, items):
+        if step == 1 and not lost:
+            lost.append(learner)
+            ray.kill(learner._ranks[0], no_restart=True)
+        return items
+
+    def wait_and_kill(refs, what, *rest):
+        values = wait_all(refs, what, *rest)
+        if what.startswith("a rendezvous") and len(lost) == 1:
+            lost.append("again")
+            ray.kill(lost[0]._ranks[1], no_restart=True)
+        return values
+
+    monkeypatch.setattr(actors.learner, "wait_all", wait_and_kill)
+    made = config(tmp_path / "run")
+    cluster = made.cluster.model_copy(update={"replacements": 2})
+    _, events = trained(made.model_copy(update={"cluster": cluster}), disturb)
+    assert len(lost) == 2
+    told = [e["event"] for e in events if e["event"] in ("actor_lost", "actor_replaced")]
+    assert told == ["actor_lost", "actor_lost", "actor_replaced"]
+    assert sorted(steps(events)) == [1, 2, 3, 4]
 
 
 def test_ranks_that_are_lost_without_a_commit_in_between_stop_the_run_with_the_first_cause(config, tmp_path):
