@@ -73,7 +73,7 @@ def test_the_demo_with_a_judge_takes_a_step(real_dataset, tmp_path):
         "grpo.tasks={text_to_rgba: 1, automatic_matting: 0, mask_matting: 0, referring_matting: 0, object_removal: 0}"
     ]
     mix += ["grpo.tasks.layer_decomposition=0"]
-    settings = [*COMMON, *SFT, *GRPO, *WATCH, *EVALUATE, "continued.steps=1", *judge, *mix]
+    settings = [*COMMON, *SFT, *GRPO, *WATCH, *EVALUATE, *judge, *mix]
     command("run", "demo-judge", f"run_dir={run}", f"dataset={real_dataset}", *settings)
     taken = steps(run)
     assert 0 < taken["grpo"]["term/judge/text_to_rgba"] < 1
