@@ -74,7 +74,7 @@ def test_a_hundred_steps_under_random_kills_of_every_role_come_to_what_undisturb
             if driver.returncode is not None:
                 wait_until_gone(killed)
                 driver = start(killed, log)
-            time.sleep(draw.uniform(2, 8))
+            time.sleep(draw.uniform(3, 12))
             actors = [(name, p) for p in processes_of(killed) if (name := role_of(p))]
             if drivers and actors and draw.random() < 0.05:
                 drivers -= 1
