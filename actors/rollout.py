@@ -36,7 +36,7 @@ from policy.held_out import sample_records
 from policy.kernels import KernelConfig
 from policy.precision import Precision, computing
 from policy.rl import Start, training_times
-from policy.sampling import Condition, denoise, member_noise
+from policy.sampling import Condition, GroupNoise, denoise, initial_noise, step_noise
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.sight import sight_for
 from policy.vae import LatentCodec
@@ -73,8 +73,7 @@ class RolloutSetup:
     seed: int
     sampling: SamplingConfig
     kernel: KernelConfig
-    share_noise: bool = False
-    """Whether the members of a group start from the same noise."""
+    noise: GroupNoise = "independent"
     recording: Recording = field(default_factory=Recording)
     """What groups carry for the learner."""
     precision: Precision = "float32"
@@ -135,10 +134,7 @@ class RolloutActor:
         shape = (len(task.targets), self._codec.channels, *inputs_NCHW.shape[2:])
         seeds = (setup.seed, request.step, request.group)
 
-        def noise(name: str, shared: bool = False) -> torch.Tensor:
-            members = range(request.members)
-            return torch.stack([member_noise(shape, *seeds, 0 if shared else g, name) for g in members])
-
+        members = (shape, seeds, request.members, setup.noise)
         recording, schedule = setup.recording, setup.sampling.schedule
         window = range(0)
         if recording.window:
@@ -148,11 +144,11 @@ class RolloutActor:
             result = denoise(
                 self._model,
                 Condition(inputs_NCHW[None], text_TD[None]).expand(request.members),
-                noise("initial", setup.share_noise).to(self._device),
+                initial_noise(*members).to(self._device),
                 schedule.sigmas(),
                 window,
                 setup.kernel,
-                lambda step: noise(f"step {step}"),
+                lambda step: step_noise(*members, step),
                 solver=schedule.solver,
             )
         layers = self._codec.decode_stacks(result.latents_BMCHW)

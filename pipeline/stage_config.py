@@ -18,6 +18,7 @@ from policy.kernels import KernelConfig
 from policy.precision import Precision
 from policy.programs import SftConfig
 from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start, Supervised, SupervisedConfig
+from policy.sampling import GroupNoise
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
 from policy.vae_program import VaeLossConfig
@@ -205,8 +206,10 @@ class GrpoStageConfig(TrainingConfig):
     max_staleness: int = Field(0, ge=0)
     """Steps by which the policy that samples may lag behind the one that is trained; 0 takes turns, 2 keeps rollout,
     rewards and learner busy at once."""
-    share_noise: bool = False
-    """Whether the members of a group start from the same noise."""
+    noise: GroupNoise = "independent"
+    """Of a group's members: ``independent``; ``shared``: they start from one noise; ``mirrored``: pairs start from one
+    noise, and the second of a pair takes the first's noise negated in the window. Then only what a pair's noises do to
+    the rewards in opposite ways counts in the gradient, and not what both do, or where they started."""
     first_ratio_bound: float = Field(1e-6, ge=0)
     """Largest |ratio − 1| allowed while the learner still holds the weights that sampled the group."""
     ema: float = Field(0.0, ge=0, lt=1)
@@ -234,6 +237,10 @@ class GrpoStageConfig(TrainingConfig):
             raise ValueError(
                 f"nft.times {self.nft.times} does not fit: the schedule has {self.sampling.schedule.steps} noise levels"
             )
+        if self.noise == "mirrored" and self.group % 2:
+            raise ValueError(f"noise: mirrored pairs a group's members, but group is {self.group}; take an even one")
+        if self.noise == "mirrored" and self.algorithm == "nft":
+            raise ValueError("noise: mirrored needs a window, which nft has not: the two of a pair would be equal")
         if self.supervised and self.start:
             raise ValueError(
                 "supervised takes the latents of this run's own VAE stage, which a policy of grpo.start may not know; "

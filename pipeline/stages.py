@@ -239,7 +239,7 @@ def rollout_setup(run: Run) -> RolloutSetup:
         config.seed,
         grpo.sampling,
         grpo.kernel,
-        grpo.share_noise,
+        grpo.noise,
         grpo.recording,
         grpo.precision,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -9,6 +10,10 @@ from data.seeding import seed_for
 from policy.dit import Stack, guided, velocity
 from policy.kernels import KernelConfig, dpm_step, ode_step, transition
 from policy.schedule import Solver
+
+GroupNoise = Literal["independent", "shared", "mirrored"]
+"""How the noises of a group's members belong together: ``independent``; ``shared``: all members start from one noise;
+``mirrored``: members 2k and 2k + 1 start from one noise, and in the window the second has the first's noise negated."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,21 @@ def member_noise(shape: Sequence[int], seed: int, step: int, group: int, member:
     """Standard normal noise of one group member: a function of its arguments alone, drawn on the CPU."""
     generator = torch.Generator().manual_seed(seed_for(seed, "noise", step, group, member, name))
     return torch.randn(tuple(shape), generator=generator)
+
+
+def initial_noise(shape: Sequence[int], key: tuple[int, int, int], members: int, kind: GroupNoise) -> torch.Tensor:
+    """(members, *shape) that a group's members start from; ``key`` is seed, step and group."""
+    source = {"independent": range(members), "shared": [0] * members, "mirrored": [g - g % 2 for g in range(members)]}
+    return torch.stack([member_noise(shape, *key, g, "initial") for g in source[kind]])
+
+
+def step_noise(
+    shape: Sequence[int], key: tuple[int, int, int], members: int, kind: GroupNoise, step: int
+) -> torch.Tensor:
+    """(members, *shape) for the stochastic sampling step number ``step``."""
+    odd = 1 if kind == "mirrored" else 0
+    drawn = [member_noise(shape, *key, g - odd * (g % 2), f"step {step}") for g in range(members)]
+    return torch.stack([-drawn[g] if odd * (g % 2) else drawn[g] for g in range(members)])
 
 
 @torch.no_grad()

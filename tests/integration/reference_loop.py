@@ -60,8 +60,11 @@ def reference_loop(config: RunConfig) -> Outcome:
                 name: torch.stack([member_noise(shape, *key, g, name) for g in range(stage.group)])
                 for name in ["initial", *(f"step {k}" for k in range(len(sigmas)))]
             }
-            if stage.share_noise:
+            if stage.noise == "shared":
                 noise["initial"] = noise["initial"][:1].repeat(stage.group, 1, 1, 1, 1)
+            if stage.noise == "mirrored":
+                for name, every in noise.items():
+                    every[1::2] = every[::2] if name == "initial" else -every[::2]
             window = stage.sampling.window_steps(seed, step, number)
 
             def drawn(k: int, noise: dict[str, torch.Tensor] = noise) -> torch.Tensor:

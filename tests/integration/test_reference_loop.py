@@ -35,7 +35,8 @@ VARIANTS = {
     "lag 1": ["grpo.max_staleness=1", "grpo.objective.clip_range=0.01"],
     "lag 2": ["grpo.max_staleness=2", "grpo.minibatches=2", "grpo.objective.clip_range=0.01"],
     "average": ["grpo.ema=0.4", "grpo.minibatches=2", "grpo.objective.clip_range=0.01"],
-    "cps": ["grpo.kernel={name: cps, eta: 0.8}", "grpo.share_noise=true"],
+    "mirrored": ["grpo.noise=mirrored", "grpo.group=4"],
+    "cps": ["grpo.kernel={name: cps, eta: 0.8}", "grpo.noise=shared"],
 }
 
 

@@ -12,7 +12,7 @@ from policy.folder import save_policy
 from policy.kernels import KernelConfig, transition
 from policy.objectives import clipped_loss
 from policy.rl import GrpoConfig, GrpoProgram, Start
-from policy.sampling import Condition, denoise, member_noise
+from policy.sampling import Condition, denoise, initial_noise, member_noise, step_noise
 from policy.schedule import ScheduleConfig
 
 KERNELS = {"flow_sde": 0.7, "dance": 0.3, "cps": 0.8}
@@ -285,3 +285,43 @@ def test_member_noise_is_standard_normal():
     draws = torch.cat([member_noise((500,), 0, step, 0, member, "n") for step in range(5) for member in range(4)])
     assert abs(float(draws.mean())) < 0.04
     assert float(draws.std()) == pytest.approx(1, abs=0.03)
+
+
+KEY = (1, 2, 3)
+
+
+def test_independent_members_have_the_noise_of_their_own_number():
+    drawn = initial_noise((2, 3), KEY, 3, "independent"), step_noise((2, 3), KEY, 3, "independent", 5)
+    for member in range(3):
+        assert torch.equal(drawn[0][member], member_noise((2, 3), *KEY, member, "initial"))
+        assert torch.equal(drawn[1][member], member_noise((2, 3), *KEY, member, "step 5"))
+
+
+def test_shared_noise_is_shared_at_the_start_and_nowhere_else():
+    start, step = initial_noise((50,), KEY, 4, "shared"), step_noise((50,), KEY, 4, "shared", 5)
+    assert torch.equal(start, start[:1].expand(4, -1))
+    assert len(step.unique(dim=0)) == 4
+
+
+def test_mirrored_pairs_start_alike_and_take_opposite_steps():
+    start, step = initial_noise((50,), KEY, 6, "mirrored"), step_noise((50,), KEY, 6, "mirrored", 5)
+    assert torch.equal(start[::2], start[1::2])
+    assert torch.equal(step[::2], -step[1::2])
+    assert len(start.unique(dim=0)) == 3
+    assert len(step.unique(dim=0)) == 6
+
+
+def test_mirrored_noise_makes_the_gradient_of_a_linear_model_forget_what_both_of_a_pair_share():
+    """A reward that is even in the noise, as damage by noise is, gives no gradient to a policy whose mean is linear."""
+    model, sigmas = Linear(), SIGMAS
+    start = initial_noise(SHAPE[1:], KEY, 4, "mirrored").double()
+    result = denoise(
+        model, make_condition(4), start, sigmas, range(1, 2), KernelConfig(),
+        lambda step: step_noise(SHAPE[1:], KEY, 4, "mirrored", step).double(),
+    )  # fmt: skip
+    moved = result.window_BWMCHW[:, 1] - result.means_BWMCHW[:, 0]
+    even = (moved**2).flatten(1).mean(1)
+    advantages = even - even.mean()
+    assert float(advantages.abs().max()) > 0
+    gradient = torch.einsum("b,bmchw->mchw", advantages, moved)  # of sum A log p in the shared mean, up to its scale
+    assert float(gradient.abs().max()) < 1e-6 * float((advantages.abs()[:, None] * moved.abs().flatten(1)).max())
