@@ -81,8 +81,8 @@ class TermScorers:
         for actor in await asyncio.gather(*(self._start() for _ in range(self._term.reserved.actors))):
             self._free.put_nowait(actor)
 
-    async def score(self, pixels: Any, place: int | None, members: int, group: str) -> Scores:
-        """Scores of one group; all of them missing, with the reason, if no answer comes.
+    async def score(self, pixels: Any, place: int | None, members: int, group: str, cells: int | None = None) -> Scores:
+        """Scores of one group, with ``cells`` its contributions too; all missing, with the reason, if no answer comes.
 
         Raises:
             RewardError: one process after the other was lost.
@@ -95,7 +95,7 @@ class TermScorers:
             raise self._broken
         began, deadline = time.perf_counter(), self._term.deadline
         try:
-            scores: Scores = await _within(actor.score.remote(pixels, place), deadline)
+            scores: Scores = await _within(actor.score.remote(pixels, place, cells), deadline)
         except _Overdue:
             reason = f"no answer within {deadline:g} s (deadline_s)"
         except RayActorError as error:
@@ -207,11 +207,17 @@ class ScorerPool:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def score(
-        self, names: Sequence[str], pixels: Any, members: int, group: str, place: int | None = None
+        self,
+        names: Sequence[str],
+        pixels: Any,
+        members: int,
+        group: str,
+        place: int | None = None,
+        cells: int | None = None,
     ) -> list[Scores]:
         """Scores of one group by those of ``names`` that are isolated, all at the same time."""
         own = [self._terms[name] for name in names if name in self._terms]
-        return await asyncio.gather(*(term.score(pixels, place, members, group) for term in own))
+        return await asyncio.gather(*(term.score(pixels, place, members, group, cells) for term in own))
 
     def close(self) -> None:
         """Ends the thread and all processes. To be called before the connection to Ray ends."""

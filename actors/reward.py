@@ -72,9 +72,9 @@ class RewardActor:
         self._config, self._device = config, own_device(gpus)
         self._scorers = {t.name: build(t.source, t.params) for t in config.terms if not t.own_process}
 
-    def score(self, pixels: GroupPixels) -> list[Scores]:
-        """Scores every member of a group by the terms active for its task."""
-        return score_terms(self._config, self._scorers, pixels, self._device)
+    def score(self, pixels: GroupPixels, cells: int | None = None) -> list[Scores]:
+        """Scores every member of a group by the terms active for its task; with ``cells`` their contributions too."""
+        return score_terms(self._config, self._scorers, pixels, self._device, cells)
 
     def store(self, path: Path, step: int, names: Sequence[str], *groups: GroupPixels) -> None:
         """Writes groups to a file of stored rollouts."""
@@ -232,11 +232,11 @@ class RewardPool:
         if self._scorers:
             self._scorers.close()
 
-    def score(self, group: Group) -> Scoring:
-        """Submits a group by reference."""
+    def score(self, group: Group, cells: int | None = None) -> Scoring:
+        """Submits a group by reference; ``cells`` asks for local credit on such a grid."""
         scorers = self._scorers
-        own = scorers.run(self._score_isolated(scorers, group)) if scorers else None
-        return Scoring(group.request.name, self.crew.ask(lambda a: a.score.remote(group.pixels)), own)
+        own = scorers.run(self._score_isolated(scorers, group, cells)) if scorers else None
+        return Scoring(group.request.name, self.crew.ask(lambda a: a.score.remote(group.pixels, cells)), own)
 
     def scores(self, groups: Sequence[Scoring]) -> list[GroupScores]:
         """Waits for the scores of groups.
@@ -273,9 +273,10 @@ class RewardPool:
         own = [scoring.own for scoring in scorings if scoring.own]
         return shared, wait_futures(own, f"{what} of isolated terms") if own else [[] for _ in scorings]
 
-    async def _score_isolated(self, scorers: ScorerPool, group: Group) -> list[Scores]:
+    async def _score_isolated(self, scorers: ScorerPool, group: Group, cells: int | None) -> list[Scores]:
         meta = await group.meta  # small, and there as soon as the pixels are
-        return await scorers.score(self._active(meta.task), group.pixels, group.request.members, meta.name)
+        active, members = self._active(meta.task), group.request.members
+        return await scorers.score(active, group.pixels, members, meta.name, cells=cells)
 
     async def _measure_isolated(self, scorers: ScorerPool, task: str, count: Any, pixels: Any) -> list[list[Scores]]:
         active, records = self._active(task), range(await count)

@@ -57,13 +57,13 @@ class ScorerActor:
         except OmniAlphaError as error:
             raise type(error)(f"reward term {self._name!r}: {error}") from None
 
-    def score(self, pixels: Any, place: int | None = None) -> "Scores":
-        """Scores a group, or the group at ``place`` in a list of them."""
+    def score(self, pixels: Any, place: int | None = None, cells: int | None = None) -> "Scores":
+        """Scores a group, or the group at ``place`` in a list of them; with ``cells`` its contributions too."""
         from common.role_logs import recording
         from rewards.base import reward_batch, run_scorer
 
         batch = reward_batch(pixels if place is None else pixels[place], self._device)
-        return recording("score", run_scorer)(self._name, self._scorer, batch)
+        return recording("score", run_scorer)(self._name, self._scorer, batch, cells)
 
 
 def import_ours_first(folders: Sequence[str]) -> None:

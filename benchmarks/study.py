@@ -63,8 +63,8 @@ def _train(case: Case, seed: int, demo: Path, folder: Path) -> None:
     from pipeline.stages import run_stages, stages_of
 
     if case.sign < 0:
-        right = pipeline.grpo.batch_advantages
-        pipeline.grpo.batch_advantages = lambda scores, config: [-advantages for advantages in right(scores, config)]
+        right = pipeline.grpo.step_advantages
+        pipeline.grpo.step_advantages = lambda *given: [-advantages for advantages in right(*given)]
     config = load_config(
         "demo",
         [

@@ -32,7 +32,9 @@ from pipeline.run import Progress, Run
 from pipeline.train import starting_point, supervised_items, supervised_program, task_sampler
 from pipeline.watch import Watch
 from policy.group import GroupMeta, GroupRequest
-from rewards.combine import RewardConfig, active_terms, batch_advantages, keep_group, scalar_rewards
+from policy.rl import CreditConfig
+from rewards.combine import RewardConfig, active_terms, judged_members, keep_group, scalar_rewards, step_advantages
+from rewards.credit import Credited
 from rewards.groups import GroupScores
 
 log = logging.getLogger("omnialpha")
@@ -63,7 +65,7 @@ def run_grpo(
         for step in watch.until_stopped(range(start, stage.steps)):
             began = time.monotonic()
             weights, scored = ahead.next()
-            batch = select(scored, config.rewards)
+            batch = select(scored, config.rewards, stage.credit)
             sampled = time.monotonic()
             record: dict[str, float] = {"version_lag": step - weights.version}
             if batch.items:
@@ -105,7 +107,7 @@ def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, we
     config, stage = run.config, run.config.grpo
     scored: list[Scored] = []
     for attempt in range(1 + stage.resample):
-        missing = stage.prompts - (len(select(scored, config.rewards).items) if scored else 0)
+        missing = stage.prompts - (len(select(scored, config.rewards, stage.credit).items) if scored else 0)
         if not missing:
             break
         # Replacements come from a stream of their own: the prompts of later steps do not depend on what was dropped.
@@ -121,9 +123,8 @@ def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, we
         costs = [get_task(draw.task).images for draw in draws]
         for left in reversed(range(1 + config.cluster.replacements)):
             try:
-                scored += collect(
-                    rollouts.sample(requests, costs, weights), rewards, weights.version, config.cluster.deadline_s
-                )
+                sampled, deadline = rollouts.sample(requests, costs, weights), config.cluster.deadline_s
+                scored += collect(sampled, rewards, weights.version, deadline, stage.credit)
                 break
             except LostValueError as error:
                 if not left:
@@ -178,7 +179,9 @@ def merge_records(records: Sequence[dict[str, float]]) -> dict[str, float]:
     return merged | {"updates": len(records)}
 
 
-def collect(sampled: Iterable[Group], rewards: RewardPool, version: int, deadline_s: float) -> list[Scored]:
+def collect(
+    sampled: Iterable[Group], rewards: RewardPool, version: int, deadline_s: float, credit: CreditConfig | None = None
+) -> list[Scored]:
     """Waits for groups and their scores. Scoring of a group starts when it exists, not when all do.
 
     Args:
@@ -186,11 +189,13 @@ def collect(sampled: Iterable[Group], rewards: RewardPool, version: int, deadlin
         rewards: who scores them.
         version: the policy version that was to sample them.
         deadline_s: longest wait.
+        credit: local credit, for which scorers say what each part contributed.
 
     Raises:
         ActorError: a group was sampled by another policy version.
     """
-    scoring = {group.request.group: (group, rewards.score(group)) for group in sampled}
+    cells = credit.cells if credit else None
+    scoring = {group.request.group: (group, rewards.score(group, cells)) for group in sampled}
     groups, scores = zip(*(scoring[number] for number in sorted(scoring)), strict=True)
     metas = wait_all([group.meta for group in groups], "rollout actors: groups", deadline_s)
     if stale := [meta.name for meta in metas if meta.version != version]:
@@ -218,7 +223,7 @@ class TrainingBatch:
     """Seconds of all rollout actors together."""
 
 
-def select(scored: Sequence[Scored], config: RewardConfig) -> TrainingBatch:
+def select(scored: Sequence[Scored], config: RewardConfig, credit: CreditConfig | None = None) -> TrainingBatch:
     """Turns scores into advantages and decides which groups are trained on. Pure."""
     items: list[Item] = []
     trained: list[str] = []
@@ -227,8 +232,9 @@ def select(scored: Sequence[Scored], config: RewardConfig) -> TrainingBatch:
     spreads: list[float] = []
     reasons: Counter[str] = Counter()
     weights = [[config.terms[k].weight for k in active_terms(config, meta.task)] for _, meta, _ in scored]
-    advantages = batch_advantages([(r.scores_TG, w) for (_, _, r), w in zip(scored, weights, strict=True)], config)
-    for (group, meta, result), weights_T, advantages_G in zip(scored, weights, advantages, strict=True):
+    credited = [Credited(r.scores_TG, w, r.cells_T) for (_, _, r), w in zip(scored, weights, strict=True)]
+    advantages = step_advantages(credited, config, credit.reach if credit else None)
+    for (group, meta, result), weights_T, of_group in zip(scored, weights, advantages, strict=True):
         rewards_G = scalar_rewards(result.scores_TG, weights_T)
         reasons.update(result.reasons)
         if np.isfinite(rewards_G).any():
@@ -239,16 +245,25 @@ def select(scored: Sequence[Scored], config: RewardConfig) -> TrainingBatch:
             if np.isfinite(row_G).any():
                 values[f"term/{name}"].append(float(np.nanmean(row_G)))
                 values[f"term/{name}/{meta.task}"].append(float(np.nanmean(row_G)))
-        if reason := keep_group(advantages_G, config.min_group):
+        if reason := keep_group(of_group, config.min_group):
             dropped[meta.name] = reason
             continue
-        kept, steps = int(np.isfinite(advantages_G).sum()), meta.steps
+        kept, steps = int(judged_members(of_group).sum()), meta.steps
         name = f"group {meta.name} ({meta.task})"
-        items.append(Item(group.trajectory, kept * steps, cost=meta.tokens, calls=steps, extra=advantages_G, name=name))
+        items.append(
+            Item(
+                group.trajectory,
+                kept * steps,
+                cost=meta.tokens,
+                calls=steps,
+                extra=of_group,
+                name=name,
+            )
+        )
         trained.append(meta.name)
     means = {key: float(np.mean(entries)) for key, entries in values.items()}
     spread = float(np.mean(spreads)) if spreads else 0.0
-    advantage_spread = float(np.nanstd(np.concatenate([item.extra for item in items]))) if items else 0.0
+    advantage_spread = float(np.nanstd(np.concatenate([item.extra.ravel() for item in items]))) if items else 0.0
     seconds = sum(meta.seconds for _, meta, _ in scored)
     return TrainingBatch(items, trained, dropped, means, spread, advantage_spread, reasons, seconds)
 

@@ -17,7 +17,7 @@ from policy.group import Recording
 from policy.kernels import KernelConfig
 from policy.precision import Precision
 from policy.programs import SftConfig
-from policy.rl import GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start, Supervised, SupervisedConfig
+from policy.rl import CreditConfig, GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start, Supervised, SupervisedConfig
 from policy.sampling import GroupNoise
 from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.vae import VaeConfig
@@ -261,6 +261,11 @@ class GrpoStageConfig(TrainingConfig):
         return self.objective.recording if self.algorithm == "grpo" else self.nft.recording
 
     @property
+    def credit(self) -> CreditConfig | None:
+        """Local credit, where the algorithm knows it."""
+        return self.objective.credit if self.algorithm == "grpo" else None
+
+    @property
     def recompute(self) -> bool:
         """Whether the learner computes the old log-probabilities itself."""
         return self.algorithm == "grpo" and self.objective.old_log_probs == "recomputed"
@@ -285,6 +290,7 @@ class GrpoStageConfig(TrainingConfig):
         if self.algorithm == "nft" or (self.minibatches * self.epochs == 1 and not self.max_staleness):
             return []
         scale = "GRPO-Guard" if self.objective.guard else "published CPS" if not self.kernel.gaussian else "Gaussian"
+        scale = "local credit's" if self.credit else scale
         low, high = CLIP_RANGES[scale]
         if low <= self.objective.clip_range <= high:
             return []
@@ -294,7 +300,12 @@ class GrpoStageConfig(TrainingConfig):
         ]
 
 
-CLIP_RANGES = {"Gaussian": (1e-5, 1e-2), "published CPS": (1e-6, 5e-4), "GRPO-Guard": (1e-6, 5e-4)}
+CLIP_RANGES = {
+    "Gaussian": (1e-5, 1e-2),
+    "published CPS": (1e-6, 5e-4),
+    "GRPO-Guard": (1e-6, 5e-4),
+    "local credit's": (1e-4, 0.3),
+}
 """Clip ranges beyond which a setting is doubtful, by the scale of the ratio; see docs/algorithms.md."""
 
 

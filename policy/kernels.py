@@ -76,6 +76,11 @@ class Transition:
             return -per_sample
         return -per_sample / (2 * self.scale**2) - math.log(self.scale) - 0.5 * math.log(2 * math.pi)
 
+    def cell_log_probs(self, next_latents_BMCHW: torch.Tensor) -> torch.Tensor:
+        """Log-density of each cell of x′, mean over its channels, (B, M, H, W) without constants: for ratios."""
+        squared = ((next_latents_BMCHW.to(self.mean.dtype) - self.mean) ** 2).mean(2)
+        return -squared / (2 * self.scale**2) if self.gaussian else -squared
+
 
 def transition(
     config: KernelConfig, latents: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float, sigma_1: float

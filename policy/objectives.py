@@ -28,6 +28,12 @@ def clipped_loss(log_ratios_B: torch.Tensor, advantages_B: torch.Tensor, clip_ra
     return ClippedLoss(torch.maximum(free, bounded), ratios.detach(), (bounded > free).detach())
 
 
+def cells_like(values_BLhw: torch.Tensor, like_BMHW: torch.Tensor) -> torch.Tensor:
+    """Values of coarse cells at the cells of ``like``: of one layer for all of them, or layer by layer."""
+    values = torch.nn.functional.adaptive_avg_pool2d(values_BLhw, (like_BMHW.shape[-2], like_BMHW.shape[-1]))
+    return values.expand(like_BMHW.shape)
+
+
 def guarded_log_ratio(log_ratios_B: torch.Tensor, drift_B: torch.Tensor, scale: float) -> torch.Tensor:
     """(Δlog p + mean (Δμ)²/(2·scale²))·scale, the ratio of GRPO-Guard (arXiv 2510.22319).
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from diffusers import QwenImageTransformer2DModel
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.config import StrictConfig
 from data.seeding import seed_for
@@ -23,9 +23,19 @@ from policy.dit import velocity
 from policy.folder import export_policy, load_vae, starting_policy
 from policy.group import GroupTrajectory, Recording
 from policy.kernels import KernelConfig, Transition, standard_kl, transition
-from policy.objectives import clipped_loss, guarded_log_ratio, nft_loss
+from policy.objectives import cells_like, clipped_loss, guarded_log_ratio, nft_loss
 from policy.programs import Batch, MicroLoss, SftProgram
 from policy.sampling import member_noise
+
+
+class CreditConfig(StrictConfig):
+    """Advantages for parts of a sample instead of one for all of it."""
+
+    cells: int = Field(16, ge=2, le=64)
+    """Cells along the longer side of an image; more than its latents have say nothing more."""
+    reach: float = Field(0.1, gt=0, le=10, allow_inf_nan=False)
+    """How far around itself a cell is credited with rewards: the standard deviation of a Gaussian, in longer sides of
+    the image. A large one is the reward of the whole layer."""
 
 
 class GrpoConfig(StrictConfig):
@@ -40,10 +50,19 @@ class GrpoConfig(StrictConfig):
     old_log_probs: Literal["delivered", "recomputed"] = "delivered"
     """Denominator of the ratio: what the rollout actor computed, or the learner's own before its first update."""
 
+    credit: CreditConfig | None = None
+    """Local credit; None, as in the paper: one advantage for all of a sample."""
+
+    @model_validator(mode="after")
+    def _one_ratio(self) -> "GrpoConfig":
+        if self.guard and self.credit:
+            raise ValueError("guard corrects the ratio of a whole sample, and credit has one per cell: leave one out")
+        return self
+
     @property
     def recording(self) -> Recording:
         """What rollouts must carry."""
-        return Recording(means=self.guard)
+        return Recording(means=self.guard or self.credit is not None)
 
 
 class NftConfig(StrictConfig):
@@ -65,7 +84,8 @@ class NftConfig(StrictConfig):
 
 
 RlMicro = tuple[GroupTrajectory, np.ndarray, int]
-"""A group, its advantages (G,) with NaN for members that lost their scores, and the place of one trained step."""
+"""A group, its advantages (G,), or (G, L, h, w) with local credit, NaN for members that lost their scores, and the
+place of one trained step."""
 
 Demonstration = tuple[Batch, float]
 """Records for the supervised loss, and what each of them counts in the sum of the policy's losses."""
@@ -179,7 +199,7 @@ class GrpoProgram(RlProgram):
     def group_loss(self, model: torch.nn.Module, micro: RlMicro) -> MicroLoss:
         group, advantages_G, place = micro
         advantages = torch.tensor(advantages_G, dtype=torch.float32).to(self._device)
-        kept = ~advantages.isnan()
+        kept = ~advantages.flatten(1).isnan().any(1) if advantages.ndim > 1 else ~advantages.isnan()
         config, step = self._config, group.steps[place]
         states, sigma = group.states(place, self._device), self._sigmas[step]
         if config.kl:  # first: it switches adapters, which must not touch the graph of the trained one
@@ -193,13 +213,18 @@ class GrpoProgram(RlProgram):
             assert group.means_GWMCHW is not None
             drift = standard_kl(move.mean, torch.tensor(group.means_GWMCHW[:, place]).to(move.mean), move.scale)
             log_ratios, scale = guarded_log_ratio(log_ratios, drift, move.scale), 1 / (sigma - self._sigmas[step + 1])
+        ratios = log_ratios[kept].detach().exp()
+        if advantages.ndim > 1:
+            log_ratios = self._cell_log_ratios(group, place, move)
+            advantages = cells_like(advantages, log_ratios)
         result = clipped_loss(log_ratios[kept], advantages[kept], config.clip_range)
-        losses, ratios = result.losses_B * scale, result.ratios_B
+        # With local credit a member's loss is the mean over its cells.
+        losses = result.losses_B.flatten(1).mean(1) if advantages.ndim > 1 else result.losses_B * scale
         stats = {
             "ratio": float(ratios.sum()),
             "max_ratio": float(ratios.max()),
             "max_ratio_error": float((ratios - 1).abs().max()),
-            "clipped": float(result.clipped_B.float().sum()),
+            "clipped": float(result.clipped_B.float().reshape(len(losses), -1).mean(1).sum()),
             # Schulman's k3 estimator, without Guard; r − 1 − log r in float32 would be rounding alone.
             "approx_kl": float((torch.expm1(shown) - shown).sum()),
         }
@@ -208,6 +233,13 @@ class GrpoProgram(RlProgram):
             losses = losses + config.kl * kl
             stats["kl"] = float(kl.detach().sum())
         return MicroLoss(losses.sum(), int(kept.sum()), stats)
+
+    def _cell_log_ratios(self, group: GroupTrajectory, place: int, move: Transition) -> torch.Tensor:
+        """Of each cell of each member's latents to the sampling policy, (G, M, H, W)."""
+        assert group.means_GWMCHW is not None
+        before = replace(move, mean=torch.tensor(group.means_GWMCHW[:, place]).to(move.mean))
+        after = group.states(place + 1, self._device)
+        return move.cell_log_probs(after) - before.cell_log_probs(after)
 
     @torch.no_grad()
     def recompute(self, model: torch.nn.Module, group: GroupTrajectory) -> tuple[GroupTrajectory, float]:
@@ -219,7 +251,7 @@ class GrpoProgram(RlProgram):
         after = (group.states(place + 1, self._device) for place in range(len(moves)))
         log_probs = torch.stack([move.log_prob(state) for move, state in zip(moves, after, strict=True)], 1).cpu()
         error = float(((log_probs - torch.tensor(group.log_probs_GW)).exp() - 1).abs().max())
-        means = torch.stack([move.mean for move in moves], 1).cpu().numpy() if self._config.guard else None
+        means = torch.stack([m.mean for m in moves], 1).cpu().numpy() if self._config.recording.means else None
         return replace(group, log_probs_GW=log_probs.numpy(), means_GWMCHW=means), error
 
     def _transition(self, states: torch.Tensor, velocity_GMCHW: torch.Tensor, step: int) -> Transition:

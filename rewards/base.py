@@ -32,6 +32,7 @@ from torch import Tensor
 from common.errors import ConfigError, RewardError, UnansweredError
 from data.tasks import get_task
 from policy.group import GroupPixels
+from rewards.credit import cells_of, without_unfit
 
 NEEDS = frozenset({"targets", "inputs", "prompt"})
 
@@ -156,6 +157,8 @@ class Scores:
     """Why a member's score is missing; None where it is present."""
     seconds: float = 0.0
     """Time that the scorer took."""
+    cells_GLhw: np.ndarray | None = None
+    """What each cell of each layer contributed, where that was asked for and the scorer says it."""
 
 
 def scorer_needs(scorer: Scorer) -> frozenset[str]:
@@ -198,8 +201,9 @@ def check_group_size(name: str, scorer: Scorer, members: int) -> None:
         )
 
 
-def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:
+def run_scorer(name: str, scorer: Scorer, batch: RewardBatch, cells: int | None = None) -> Scores:
     """Runs ``scorer`` and turns whatever it does into G scores, each present and finite or missing with a reason.
+    With ``cells`` also asks it which part of an image contributed what, on a grid of so many cells.
 
     An exception, an unmet need, None, a wrong type or a wrong length makes all G scores missing; None or a
     non-finite or non-numeric entry makes that member's score missing.
@@ -216,6 +220,7 @@ def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:
     try:
         with torch.no_grad():
             returned = _entry(scorer)(batch)
+            credit = cells_of(scorer, batch, cells) if cells else None
     except UnansweredError:
         raise
     except Exception as error:  # a plug-in may raise anything, and none of it may cost the group its other terms
@@ -229,7 +234,10 @@ def run_scorer(name: str, scorer: Scorer, batch: RewardBatch) -> Scores:
         reason = f"returned {len(values)} values for {batch.members} members"
         return missing_scores(name, batch.members, reason, seconds)
     checked = [_check(value) for value in values]
-    return Scores(name, np.array([value for value, _ in checked]), tuple(reason for _, reason in checked), seconds)
+    if credit is not None:
+        checked = without_unfit(checked, credit)
+    scores_G, reasons = np.array([value for value, _ in checked]), tuple(reason for _, reason in checked)
+    return Scores(name, scores_G, reasons, seconds, credit)
 
 
 def missing_scores(name: str, members: int, reason: str, seconds: float = 0.0) -> Scores:

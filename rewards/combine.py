@@ -11,14 +11,12 @@ from common.config import StrictConfig
 from common.errors import ConfigError, RewardError
 from data.tasks import TASKS, get_task
 from rewards.base import Scores, is_shipped
+from rewards.credit import EPSILON, Credited, local_advantages
 from rewards.isolation import DEADLINE_S, ResourcesConfig, RuntimeEnvConfig
 from rewards.metrics import HIGHER_IS_BETTER
 from rewards.presets import presets
 
 Array = np.ndarray
-
-EPSILON = 1e-8
-"""Added to every standard deviation, as in the paper's code."""
 
 NO_SIGNAL = 1e-6
 """A group whose advantages are all smaller than this has nothing to learn from."""
@@ -273,6 +271,14 @@ def batch_advantages(scores: Sequence[tuple[Array, Sequence[float]]], config: Re
     ]
 
 
+def step_advantages(groups: Sequence[Credited], config: RewardConfig, reach: float | None) -> list[Array]:
+    """Advantages of all groups of a step: (G,), or (G, L, h, w) of a group's cells where local credit has a reach."""
+    if reach is None:
+        return batch_advantages([(group.scores_TG, group.weights_T) for group in groups], config)
+    local = local_advantages(groups, reach, config.advantage, config.std_floor, config.clamp)
+    return [cells[:, 0, 0, 0] if cells[0].size == 1 else cells.astype(np.float32) for cells in local]
+
+
 def _complete_sum(scores_TG: Array, weights_T: Array | Sequence[float], config: RewardConfig) -> Array:
     """One number per member, NaN where a weighted term is missing."""
     weights = _check(scores_TG, weights_T)
@@ -311,10 +317,16 @@ def scalar_rewards(scores_TG: Array, weights_T: Array | Sequence[float]) -> Arra
     return _weighted_mean(np.asarray(scores_TG, np.float64), _check(scores_TG, weights_T))
 
 
-def keep_group(advantages_G: Array, min_group: int) -> DropReason | None:
+def judged_members(advantages: Array) -> Array:
+    """Which members have an advantage, (G,) bool; ``advantages`` are (G,) or (G, L, h, w)."""
+    return np.asarray(~np.isnan(advantages).reshape(len(advantages), -1).any(axis=1))
+
+
+def keep_group(advantages: Array, min_group: int) -> DropReason | None:
     """Why a group cannot be trained on, or None if it can: too few scored members, or all of them equally good."""
-    valid = advantages_G[~np.isnan(advantages_G)]
-    if len(valid) < min_group:
+    judged_G = judged_members(advantages)
+    valid = advantages[judged_G]
+    if judged_G.sum() < min_group:
         return "below_min_group"
     return "zero_variance" if np.abs(valid).max(initial=0.0) < NO_SIGNAL else None
 

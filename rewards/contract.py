@@ -22,6 +22,7 @@ from data.rgba import over
 from data.tasks import TASKS, get_task
 from rewards.base import NEEDS, RewardBatch, Scorer, build, describe, run_scorer, scorer_needs
 from rewards.combine import RewardConfig, TermConfig, active_terms
+from rewards.credit import cells_of
 
 Status = Literal["ok", "warning", "failed"]
 
@@ -30,6 +31,9 @@ MEMBERS = 4
 
 TOLERANCE = 1e-6
 """Scores that differ by less, absolutely or relatively, count as equal."""
+
+_ADDS_UP = 0.01
+"""What contributions may differ by from the scores, as a part of their spread over the group."""
 
 CHECKS = {
     "scores": "one finite number for each member",
@@ -40,6 +44,7 @@ CHECKS = {
     "empty layers": "single-pixel and fully transparent layers are scored",
     "reads": "reads what it declares and nothing else",
     "spread": "tells visibly different qualities apart",
+    "contributions": "what it says of each pixel adds up to its scores",
 }
 """The checks that run per task, in the order of the report, and what is said of one that found nothing."""
 
@@ -238,6 +243,8 @@ def _judge(scorer: Scorer, needs: frozenset[str], batch: RewardBatch, seconds: l
     yield _ok("scores")
     yield _tells_apart(first.values_G, "targets" in needs)
     yield from _odd_groups(scorer, batch)
+    if callable(getattr(scorer, "contributions", None)):
+        yield _adds_up(scorer, batch, first.values_G)
 
     again = _try(scorer, batch)
     seconds.append(again.seconds)
@@ -266,6 +273,22 @@ def _tells_apart(values_G: np.ndarray, with_truth: bool) -> Finding:
         detail = f"the truth itself scores {values_G[0]:.4g}, a spoilt copy {values_G[-1]:.4g}; higher must be better"
         return Finding("spread", "warning", detail)
     return _ok("spread")
+
+
+def _adds_up(scorer: Scorer, batch: RewardBatch, values_G: np.ndarray) -> Finding:
+    """Whether what a scorer says of each pixel adds up to what it says of the whole."""
+    try:
+        cells = cells_of(scorer, dataclasses.replace(batch), max(batch.layers_GLCHW.shape[-2:]))
+    except Exception as error:  # a plug-in may raise anything
+        return Finding("contributions", "failed", f"contributions(batch) raised {type(error).__name__}: {error}")
+    if cells is None:
+        return _ok("contributions")
+    sums_G = cells.astype(np.float64).mean(axis=(1, 2, 3))
+    off = float(np.abs((sums_G - sums_G[0]) - (values_G - values_G[0])).max())
+    if not off <= _ADDS_UP * max(float(np.ptp(values_G)), TOLERANCE):
+        detail = f"means of contributions differ from the scores by up to {off:.3g} beyond what all members share"
+        return Finding("contributions", "failed", f"{detail}; their mean over layers and pixels must be the score")
+    return _ok("contributions")
 
 
 def _odd_groups(scorer: Scorer, batch: RewardBatch) -> Iterator[Finding]:

@@ -28,6 +28,8 @@ class GroupScores:
     """Why scores are missing, one entry per missing score."""
     seconds_T: tuple[float, ...] = ()
     """Time of each term."""
+    cells_T: tuple[np.ndarray | None, ...] = ()
+    """Each term's contributions (G, L or 1, h, w), where local credit asks for them."""
 
 
 def build_scorers(config: RewardConfig) -> dict[str, Scorer]:
@@ -61,9 +63,15 @@ def score_group(config: RewardConfig, scorers: Mapping[str, Scorer], pixels: Gro
 
 
 def score_terms(
-    config: RewardConfig, scorers: Mapping[str, Scorer], pixels: GroupPixels, device: torch.device | str = "cpu"
+    config: RewardConfig,
+    scorers: Mapping[str, Scorer],
+    pixels: GroupPixels,
+    device: torch.device | str = "cpu",
+    cells: int | None = None,
 ) -> list[Scores]:
     """Runs those of ``scorers`` that are active for the group's task, on layers that lie on ``device``.
+
+    With ``cells`` they are asked for their contributions on such a grid too.
 
     Raises:
         ConfigError: no term judges the task.
@@ -73,7 +81,7 @@ def score_terms(
         raise ConfigError(f"task {pixels.task!r} has no active reward term; give it weight 0 in grpo.tasks")
     here = [name for name in active if name in scorers]
     batch = reward_batch(pixels, device) if here else None
-    return [run_scorer(name, scorers[name], batch) for name in here if batch]
+    return [run_scorer(name, scorers[name], batch, cells) for name in here if batch]
 
 
 def join_scores(
@@ -96,7 +104,8 @@ def join_scores(
         stack_scores(demanded, "fail", where)
     reasons = tuple(f"{s.name}: {reason}" for s in ordered for reason in s.reasons if reason is not None)
     names, seconds = tuple(s.name for s in ordered), tuple(s.seconds for s in ordered)
-    return GroupScores(names, stack_scores(ordered, config.missing, where), reasons, seconds)
+    cells = tuple(s.cells_GLhw for s in ordered)
+    return GroupScores(names, stack_scores(ordered, config.missing, where), reasons, seconds, cells)
 
 
 @dataclass

@@ -99,8 +99,28 @@ def _needs(*names: str) -> Callable:
     return mark
 
 
+def _contributed(contributions: Callable[[RewardBatch], Tensor]) -> Callable:
+    """Gives a scoring function the map of what each pixel contributed to its score (:mod:`rewards.credit`)."""
+
+    def mark(function: Callable) -> Callable:
+        function.contributions = contributions  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def _alpha_differences(batch: RewardBatch) -> Tensor:
+    """−|α̂ − α| of each pixel of foreground layers, (G, L, H, W)."""
+    predictions_GKHW, truths_KHW = _alphas(batch, "alpha_mad")
+    found = torch.zeros_like(batch.layers_GLCHW[:, :, 3])
+    share = found.shape[1] / len(truths_KHW)
+    found[:, _foregrounds(batch, "alpha_mad")] = torch.tensor(-share * np.abs(predictions_GKHW - truths_KHW)).to(found)
+    return found
+
+
 @register("alpha_mad")
 @_needs("targets")
+@_contributed(_alpha_differences)
 def alpha_mad(batch: RewardBatch) -> Tensor:
     """1 − mean |α̂ − α| over foreground layers; (G,) in [0, 1]."""
     predictions_GKHW, truths_KHW = _alphas(batch, "alpha_mad")
@@ -159,10 +179,8 @@ def fringe(batch: RewardBatch) -> Tensor:
     return (1.0 - error / total.where(total > 0, 1.0)).mean(dim=1)
 
 
-@register("recomposition")
-@_needs("inputs")
-def recomposition(batch: RewardBatch) -> Tensor:
-    """1 − mean |composite of all layers − input image|, on white; (G,) in [0, 1]. For tasks with a background layer."""
+def _recomposition_errors(batch: RewardBatch) -> Tensor:
+    """|composite of all layers − input image| on white, mean over colours, (G, 1, H, W)."""
     if "image" not in batch.input_roles or "background" not in batch.roles:
         raise RewardError(
             f"recomposition needs an input image and a background layer, which task {batch.task!r} has not; name the "
@@ -171,4 +189,12 @@ def recomposition(batch: RewardBatch) -> Tensor:
     image = batch.inputs[batch.input_roles.index("image")].double()
     composite = over(batch.layers_GLCHW.double())
     shown, wanted = (rgba[..., :3, :, :] * rgba[..., 3:, :, :] - rgba[..., 3:, :, :] for rgba in (composite, image))
-    return 1.0 - (shown - wanted).abs().mean(dim=(1, 2, 3))
+    return (shown - wanted).abs().mean(dim=1, keepdim=True)
+
+
+@register("recomposition")
+@_needs("inputs")
+@_contributed(lambda batch: -_recomposition_errors(batch))
+def recomposition(batch: RewardBatch) -> Tensor:
+    """1 − mean |composite of all layers − input image|, on white; (G,) in [0, 1]. For tasks with a background layer."""
+    return 1.0 - _recomposition_errors(batch).mean(dim=(1, 2, 3))

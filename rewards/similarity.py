@@ -204,3 +204,43 @@ def psnr(predictions_GX3HW: Tensor, truths_X3HW: Tensor) -> Tensor:
     # Rows are summed in float32, which is exact enough, and then in float64.
     sums = [(some - truths_X3HW).square_().sum(dim=-1).double() for some in predictions_GX3HW.split(at_once)]
     return -10.0 * (torch.cat(sums).mean(dim=(-2, -1)) / truths_X3HW.shape[-1]).log10()
+
+
+def ssim_map(predictions_GXHW: Tensor, truths_XHW: Tensor) -> Tensor:
+    """The map whose mean over the pixels is :func:`ssim`, (G, X, H, W) float32."""
+
+    def smooth(images: Tensor) -> Tensor:
+        return blur(images, _SSIM_WEIGHTS, mirror=True)
+
+    # Brightness counts from mid-grey for the variances, as in _SsimTruth.
+    ours, theirs = predictions_GXHW - 0.5, truths_XHW - 0.5
+    mean, true_mean = smooth(ours), smooth(theirs)
+    variances = smooth(ours * ours) - mean * mean + smooth(theirs * theirs) - true_mean * true_mean
+    covariance = smooth(ours * theirs) - mean * true_mean
+    mean, true_mean = mean + 0.5, true_mean + 0.5
+    bright = (2 * mean * true_mean + C1) / (mean * mean + true_mean * true_mean + C1)
+    return bright * (2 * covariance + C2) / (variances + C2)
+
+
+def psnr_map(predictions_GX3HW: Tensor, truths_X3HW: Tensor, ceiling_db: float) -> Tensor:
+    """What each pixel contributes to PSNR / ``ceiling_db`` clamped to [0, 1], (G, X, H, W) float32.
+
+    PSNR is no mean over pixels, but between a member and the group's mean error it is a straight line away: the
+    contribution is the slope of that line times the pixel's squared error minus the group's mean of it. Its mean over
+    the pixels is the member's value minus that of the mean error, exactly.
+    """
+    errors_GXHW = (predictions_GX3HW - truths_X3HW).square_().mean(dim=-3)
+    mean_XHW = errors_GXHW.mean(dim=0)
+    mse_GX, mse_X = (errors.double().mean(dim=(-2, -1)) for errors in (errors_GXHW, mean_XHW))
+
+    def value(mse: Tensor) -> Tensor:
+        return (-10 * mse.clamp_min(1e-30).log10() / ceiling_db).clamp(0.0, 1.0)
+
+    apart_GX = mse_GX - mse_X
+    tangent_X = torch.where(
+        (value(mse_X) > 0) & (value(mse_X) < 1), -10 / (math.log(10) * ceiling_db * mse_X.clamp_min(1e-30)), 0.0
+    )
+    # Too near to each other for a difference quotient, the tangent is as good.
+    near = apart_GX.abs() <= 1e-6 * mse_X
+    slope_GX = torch.where(near, tangent_X, (value(mse_GX) - value(mse_X)) / apart_GX.where(~near, 1.0))
+    return (slope_GX[..., None, None] * (errors_GXHW - mean_XHW)).float()

@@ -15,7 +15,7 @@ from common.errors import ConfigError, RewardError
 from data.rgba import over
 from policy.perceptual import Network, PerceptualDistance
 from rewards.base import RewardBatch, register
-from rewards.similarity import blur, gaussian, psnr, ssim
+from rewards.similarity import blur, gaussian, psnr, psnr_map, ssim, ssim_map
 
 PSNR_CEILING_DB = 50.0
 """PSNR that counts as perfect: rewards use PSNR / 50 dB clamped to [0, 1], as the paper's code does."""
@@ -116,6 +116,16 @@ class _Fidelity:
             total += similarity.flatten(1).mean(dim=1)
         return total / len(self.metrics)
 
+    def _contributions(self, predictions_GX3HW: Tensor, truths_X3HW: Tensor) -> Tensor | None:
+        """Of each pixel to each image's similarity, (G, X, H, W); None where a perceptual network judges too."""
+        if "perceptual" in self.metrics:
+            return None
+        maps = {
+            "ssim": lambda: ssim_map(predictions_GX3HW, truths_X3HW).mean(dim=-3),
+            "psnr": lambda: psnr_map(predictions_GX3HW, truths_X3HW, PSNR_CEILING_DB),
+        }
+        return torch.stack([maps[metric]() for metric in self.metrics]).mean(dim=0)
+
 
 @register("layer")
 class LayerFidelity(_Fidelity):
@@ -135,6 +145,11 @@ class LayerFidelity(_Fidelity):
         """
         return self._compare(*_layer_blends(batch))
 
+    def contributions(self, batch: RewardBatch) -> Tensor | None:
+        """Of each pixel of each layer, (G, L, H, W); see :mod:`rewards.credit`."""
+        found = self._contributions(*_layer_blends(batch))
+        return None if found is None else found.mean(dim=2)
+
 
 @register("composition")
 class CompositionFidelity(_Fidelity):
@@ -152,6 +167,11 @@ class CompositionFidelity(_Fidelity):
             RewardError: no input plays the role "image", its size differs from the layers', or it is too small.
         """
         return self._compare(*_composite_blends(batch))
+
+    def contributions(self, batch: RewardBatch) -> Tensor | None:
+        """Of each pixel of all layers together, (G, 1, H, W)."""
+        found = self._contributions(*_composite_blends(batch))
+        return None if found is None else found.mean(dim=1, keepdim=True)
 
 
 @register("background")
@@ -209,6 +229,19 @@ class BoundaryAccuracy:
         Raises:
             RewardError: the task has no foreground layer.
         """
+        errors_GKHW, norm_GK = self._errors(batch)
+        return (1.0 - errors_GKHW.sum(dim=-1).double().sum(dim=-1) / norm_GK).mean(dim=1)
+
+    def contributions(self, batch: RewardBatch) -> Tensor:
+        """Of each pixel of each layer, (G, L, H, W): nothing on layers that are no foreground."""
+        errors_GKHW, norm_GK = self._errors(batch)
+        found = torch.zeros_like(batch.layers_GLCHW[:, :, 3])
+        share = found[0].numel() / norm_GK.shape[1]
+        found[:, list(batch.foregrounds)] = -errors_GKHW * (share / norm_GK)[..., None, None].float()
+        return found
+
+    def _errors(self, batch: RewardBatch) -> tuple[Tensor, Tensor]:
+        """(m ⊙ |α̂ − α| of each foreground, ‖m‖₁ or 1 where that is 0)."""
         assert batch.targets_LCHW is not None
         if not batch.foregrounds:
             raise RewardError(
@@ -220,10 +253,9 @@ class BoundaryAccuracy:
         predictions_GKHW = batch.layers_GLCHW[:, foregrounds, 3]
         radius = boundary_radius(*truths_KHW.shape[-2:])
         mask = (soft_band(predictions_GKHW, radius) + soft_band(truths_KHW, radius)).clamp_(0.0, 1.0)
-        error = (mask * (predictions_GKHW - truths_KHW).abs_()).sum(dim=-1).double().sum(dim=-1)
         norm = mask.sum(dim=-1).double().sum(dim=-1)
         # Not error / norm where norm is 0; the error stays in the expression so that a NaN pixel shows.
-        return (1.0 - error / norm.where(norm > 0, 1.0)).mean(dim=1)
+        return mask * (predictions_GKHW - truths_KHW).abs_(), norm.where(norm > 0, 1.0)
 
 
 def boundary_radius(height: int, width: int) -> int:

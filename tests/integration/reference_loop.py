@@ -21,6 +21,7 @@ from policy.text import TextEncoder
 from policy.vae import LatentCodec
 from rewards.base import RewardBatch, build, run_scorer
 from rewards.combine import active_terms, group_advantages
+from rewards.credit import Credited, local_advantages
 
 
 @dataclass
@@ -76,11 +77,16 @@ def reference_loop(config: RunConfig) -> Outcome:
                 record.task, record.prompt, task.targets, layers, sample.targets_LCHW, tuple(sample.inputs), task.inputs
             )
             active = active_terms(rewards, record.task)
-            scores_TG = np.stack([run_scorer(rewards.terms[k].name, scorers[k], shown).values_G for k in active])
-            weights = [rewards.terms[k].weight for k in active]
-            advantages = torch.tensor(
-                group_advantages(scores_TG, weights, rewards.std_floor, rewards.clamp), dtype=torch.float32
-            )
+            credit, weights = stage.objective.credit, [rewards.terms[k].weight for k in active]
+            scores = [
+                run_scorer(rewards.terms[k].name, scorers[k], shown, credit.cells if credit else None) for k in active
+            ]
+            scores_TG = np.stack([term.values_G for term in scores])
+            found = group_advantages(scores_TG, weights, rewards.std_floor, rewards.clamp)
+            if credit:
+                group = Credited(scores_TG, weights, [term.cells_GLhw for term in scores])
+                [found] = local_advantages([group], credit.reach, "terms", rewards.std_floor, rewards.clamp)
+            advantages = torch.tensor(found, dtype=torch.float32)
             out.groups.append(made.latents_BMCHW)
             if advantages.abs().max() > 1e-6:
                 batch.append((condition, window, made, advantages))
@@ -98,8 +104,14 @@ def reference_loop(config: RunConfig) -> Outcome:
                         v = velocity(model, x, times, condition.inputs_BNCHW, condition.text_BTD)
                         move = transition(stage.kernel, x, v, sigmas[k], sigmas[k + 1], sigmas[1])
                         ratio = (move.log_prob(following) - made.log_probs_BW[:, place]).exp()
+                        if advantages.ndim > 1:
+                            apart = (following - made.means_BWMCHW[:, place]) ** 2 - (following - move.mean) ** 2
+                            ratio = (apart.mean(2) / (2 * move.scale**2)).exp()
+                            fine = ratio.shape[-1] // advantages.shape[-1]
+                            advantages = advantages.repeat_interleave(fine, 2).repeat_interleave(fine, 3)
                         clipped = ratio.clamp(1 - stage.objective.clip_range, 1 + stage.objective.clip_range)
-                        losses.append(torch.maximum(-advantages * ratio, -advantages * clipped))
+                        loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+                        losses.append(loss.reshape(len(loss), -1).mean(1))
                 torch.cat(losses).mean().backward()
                 norm = torch.nn.utils.clip_grad_norm_(trained.values(), stage.optimiser.clip_norm)
                 out.norms.append(float(norm))

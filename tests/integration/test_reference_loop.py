@@ -35,6 +35,7 @@ VARIANTS = {
     "lag 1": ["grpo.max_staleness=1", "grpo.objective.clip_range=0.01"],
     "lag 2": ["grpo.max_staleness=2", "grpo.minibatches=2", "grpo.objective.clip_range=0.01"],
     "average": ["grpo.ema=0.4", "grpo.minibatches=2", "grpo.objective.clip_range=0.01"],
+    "credit": ["grpo.objective.credit={cells: 8, reach: 0.15}", "grpo.minibatches=2", "grpo.objective.clip_range=0.1"],
     "mirrored": ["grpo.noise=mirrored", "grpo.group=4"],
     "cps": ["grpo.kernel={name: cps, eta: 0.8}", "grpo.noise=shared"],
 }
@@ -143,6 +144,8 @@ def assert_equal(real: Outcome, expected: Outcome) -> None:
         ("lora", 2, 1, 3),
         ("updates", 2, 3, 1),
         ("cps", 2, 1, 1),
+        ("mirrored", 1, 1, 1),
+        ("credit", 2, 3, 1),
         ("lag 1", 1, 1, 1),
         ("lag 1", 2, 3, 3),
         ("lag 2", 2, 3, 1),
@@ -156,8 +159,8 @@ def test_the_real_loop_equals_the_reference_loop(bench, reference, tmp_path, var
 def lose_a_micro_batch(patch: pytest.MonkeyPatch) -> None:
     select = pipeline.grpo.select
 
-    def lossy(scored, config):
-        batch = select(scored, config)
+    def lossy(scored, *rest):
+        batch = select(scored, *rest)
         kept = [replace(batch.items[0], payload=ray.put(shortened(ray.get(batch.items[0].payload)))), *batch.items[1:]]
         kept[0] = replace(kept[0], count=kept[0].count // 2)
         return replace(batch, items=kept)

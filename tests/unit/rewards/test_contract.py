@@ -37,6 +37,24 @@ def by_position(batch):
     return list(range(batch.members))
 
 
+class DoesNotAddUp:
+    def score(self, batch):
+        return opacity(batch)
+
+    def contributions(self, batch):
+        return 2 * batch.layers_GLCHW[:, :, 3]
+
+
+class CannotSayWhere(DoesNotAddUp):
+    def contributions(self, batch):
+        return 1 / 0
+
+
+class AddsUp(DoesNotAddUp):
+    def contributions(self, batch):
+        return batch.layers_GLCHW[:, :, 3]
+
+
 def throws_dice(batch):
     return torch.rand(batch.members)
 
@@ -170,6 +188,8 @@ def complaints(name, **options):
         ("returns_too_few", "scores", "failed", "returned 3 values for 4 members"),
         ("declines_everything", "scores", "failed", "not today"),
         ("by_position", "order", "failed", "not by its position"),
+        ("DoesNotAddUp", "contributions", "failed", "their mean over layers and pixels must be the score"),
+        ("CannotSayWhere", "contributions", "failed", "raised ZeroDivisionError"),
         ("throws_dice", "repeatable", "failed", "draw random numbers from a fixed seed"),
         ("Counts", "repeatable", "failed", "scores differently by up to "),
         ("writes_layers", "read-only", "failed", "writes to batch.layers_GLCHW"),
