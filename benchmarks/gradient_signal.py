@@ -3,19 +3,18 @@
     python -m benchmarks.gradient_signal runs/demo --case "" --case "grpo.noise=mirrored" [--steps 12]
 
 Each case draws ``--steps`` independent gradients g of the finished SFT policy, each from a whole step's groups, as the
-learner would. With signal S = mean over i != j of <g_i, g_j> (unbiased for the squared length of the expected
-gradient) and N = mean |g_i|^2 - S, printed are
+learner would, every element over its root mean square over the steps, as Adam scales it. With S = mean over i != j of
+<g_i, g_j> (unbiased for the squared length of the expected gradient) and N = mean |g_i|^2 - S, printed are
 
-- ``signal``: S / N, of one step; S and N fall into the same units only within a case, their ratio does not care;
-- ``per second``: S / N per second of sampling, scoring and training in this process, against the first case;
-- ``towards first``: the cosine between the expected gradients of this case and of the first one, unbiased too.
+- ``signal``: S / N of one step, with a jackknife's standard error;
+- ``plain``: the same of gradients as they are;
+- ``s/step``: seconds of sampling, scoring and training in this process, with as many threads as torch takes.
 
-Standard errors are a jackknife over steps. Scores come from the config's terms; those that are served are refused.
+Scores come from the terms of the config; a term that asks a served judge has no score here.
 """
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,9 @@ from policy.group import GroupRequest
 from policy.precision import computing
 from policy.rl import GrpoProgram, Start
 from policy.weights import pack
-from rewards.base import build, reward_batch, run_scorer
-from rewards.combine import active_terms, batch_advantages
+from rewards.combine import active_terms, step_advantages
+from rewards.credit import Credited
+from rewards.groups import build_scorers, join_scores, score_terms
 
 
 def gradients(config: RunConfig, steps: int) -> tuple[np.ndarray, float]:
@@ -48,7 +48,8 @@ def gradients(config: RunConfig, steps: int) -> tuple[np.ndarray, float]:
     actor.load(0, *pack(program.module.state_dict()))
     data = RecordDataset(config.dataset_folder, "train")
     sampler = TaskSampler(data.task_positions, grpo.tasks, seed_for(config.seed, "stream", "grpo"))
-    scorers = [build(term.source, term.params) for term in rewards.terms]
+    scorers, credit = build_scorers(rewards), grpo.credit
+    reach = credit.reach if credit else None
     parameters = [p for p in program.module.parameters() if p.requires_grad]
     found, began = [], time.perf_counter()
     for step in range(steps):
@@ -56,14 +57,14 @@ def gradients(config: RunConfig, steps: int) -> tuple[np.ndarray, float]:
         for number in range(grpo.prompts):
             index = int(sampler.draw(step * grpo.prompts + number, 1).indices[0])
             meta, trajectory, pixels = actor.sample(GroupRequest(step + 1, number, index, grpo.group))
-            shown = reward_batch(pixels)
-            active = active_terms(rewards, meta.task)
-            terms = [run_scorer(rewards.terms[k].name, scorers[k], shown).values_G for k in active]
+            terms = score_terms(rewards, scorers, pixels, cells=credit.cells if credit else None)
+            scored = join_scores(rewards, terms, meta.name)
+            weights = [rewards.terms[k].weight for k in active_terms(rewards, meta.task)]
             groups.append(trajectory)
-            scores.append((np.stack(terms).astype(np.float64), [rewards.terms[k].weight for k in active]))
+            scores.append(Credited(scored.scores_TG, weights, scored.cells_T))
         for p in parameters:
             p.grad = None
-        for trajectory, advantages in zip(groups, batch_advantages(scores, rewards), strict=True):
+        for trajectory, advantages in zip(groups, step_advantages(scores, rewards, reach), strict=True):
             for micro in program.micro_batches(trajectory, advantages):
                 with computing(grpo.precision):
                     program.loss(program.module, micro).total.backward()
@@ -72,32 +73,29 @@ def gradients(config: RunConfig, steps: int) -> tuple[np.ndarray, float]:
     return np.stack(found), (time.perf_counter() - began) / steps
 
 
-def signal(gradients_KD: np.ndarray) -> tuple[float, float]:
-    """(S, N) of independent gradients."""
-    gram = (gradients_KD @ gradients_KD.T).astype(np.float64)
-    count = len(gram)
-    shared = float((gram.sum() - np.trace(gram)) / (count * (count - 1)))
-    return shared, float(np.trace(gram) / count) - shared
-
-
-def agreement(one_KD: np.ndarray, other_KD: np.ndarray) -> float:
-    """Cosine between the expected gradients of two cases, from products of different steps alone."""
-    gram = (one_KD @ other_KD.T).astype(np.float64)
-    between = gram.mean() if one_KD is not other_KD else signal(one_KD)[0]
-    return float(between / np.sqrt(max(signal(one_KD)[0], 1e-30) * max(signal(other_KD)[0], 1e-30)))
-
-
-def jackknife(statistic: Callable[[np.ndarray], float], gradients_KD: np.ndarray) -> float:
-    """Standard error of a statistic of K independent rows."""
-    count = len(gradients_KD)
-    left_out = [statistic(np.delete(gradients_KD, k, axis=0)) for k in range(count)]
-    return float(np.sqrt((count - 1) / count * np.sum((np.array(left_out) - np.mean(left_out)) ** 2)))
-
-
 def ratio(gradients_KD: np.ndarray) -> float:
-    """Signal over noise of one step."""
-    shared, noise = signal(gradients_KD)
-    return shared / noise
+    """S / N of one step."""
+    gram = (gradients_KD @ gradients_KD.T).astype(np.float64)
+    return _ratio(gram)
+
+
+def jackknife(gradients_KD: np.ndarray) -> float:
+    """Standard error of :func:`ratio`, from leaving out one step after the other."""
+    gram, count = (gradients_KD @ gradients_KD.T).astype(np.float64), len(gradients_KD)
+    left_out = np.array([_ratio(np.delete(np.delete(gram, k, 0), k, 1)) for k in range(count)])
+    return float(np.sqrt((count - 1) / count * np.sum((left_out - left_out.mean()) ** 2)))
+
+
+def as_adam_scales(gradients_KD: np.ndarray) -> np.ndarray:
+    """Every element over its root mean square over the steps; one that is always 0 stays so."""
+    size_D = np.sqrt(np.square(gradients_KD).mean(axis=0))
+    return gradients_KD / np.where(size_D > 0, size_D, 1)
+
+
+def _ratio(gram: np.ndarray) -> float:
+    count, trace = len(gram), np.trace(gram)
+    shared = (gram.sum() - trace) / (count * (count - 1))
+    return float(shared / (trace / count - shared))
 
 
 def main() -> None:
@@ -108,19 +106,14 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, help="instead of the demo's")
     arguments = parser.parse_args()
     policy, dataset = arguments.demo / "sft" / "final" / "model", arguments.dataset or arguments.demo / "dataset"
-    first, cost = np.zeros((0, 0)), 0.0
-    rows = [
-        "| case | signal | standard error | s/step | per second, first = 1 | towards first |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = ["| case | signal | standard error | plain | s/step |", "|---|---|---|---|---|"]
     for case in arguments.case:
         print(case or "(as configured)", flush=True)
         own = ["run_dir=unused", f"dataset={dataset}", f"grpo.start={policy}", *case.split()]
         drawn, seconds = gradients(load_config("demo", own), arguments.steps)
-        first, cost = (first, cost) if len(first) else (drawn, ratio(drawn) / seconds)
+        scaled = as_adam_scales(drawn)
         rows.append(
-            f"| `{case}` | {ratio(drawn):.4f} | {jackknife(ratio, drawn):.4f} | {seconds:.1f} "
-            f"| {ratio(drawn) / seconds / cost:.2f} | {agreement(drawn, first):.2f} |"
+            f"| `{case}` | {ratio(scaled):.4f} | {jackknife(scaled):.4f} | {ratio(drawn):.4f} | {seconds:.1f} |"
         )
     print("\n".join(rows))
 
