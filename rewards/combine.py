@@ -319,7 +319,7 @@ def scalar_rewards(scores_TG: Array, weights_T: Array | Sequence[float]) -> Arra
 
 def judged_members(advantages: Array) -> Array:
     """Which members have an advantage, (G,) bool; ``advantages`` are (G,) or (G, L, h, w)."""
-    return np.asarray(~np.isnan(advantages).reshape(len(advantages), -1).any(axis=1))
+    return np.asarray(~np.isnan(advantages).any(axis=tuple(range(1, advantages.ndim))))
 
 
 def keep_group(advantages: Array, min_group: int) -> DropReason | None:

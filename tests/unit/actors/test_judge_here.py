@@ -1,8 +1,7 @@
 """A judge for one command, over a program that listens where vLLM would."""
 
-import os
+import contextlib
 import pickle
-import signal
 import sys
 import tempfile
 import time
@@ -46,8 +45,9 @@ def kill(folder, before=()):
         if found := [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or ())[-1:] == [str(folder)]]:
             pids = {process.pid for process in found}
             if pids.isdisjoint(before):
-                for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
+                for process in found:
+                    with contextlib.suppress(psutil.NoSuchProcess):  # seen while it started something else
+                        process.kill()
                 return pids
         time.sleep(0.05)
     raise AssertionError("no server is there")

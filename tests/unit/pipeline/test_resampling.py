@@ -46,7 +46,7 @@ class Driver:
     def __init__(self, run: Run, constant: Callable[[str], bool]) -> None:
         self.run, self.constant, self.rollouts = run, constant, Rollouts()
 
-    def collect(self, groups: Sequence[Group], rewards: object, version: int, deadline_s: float) -> list[Scored]:
+    def collect(self, groups: Sequence[Group], rewards: object, version: int, deadline_s: float, *rest) -> list[Scored]:
         scored = []
         for group in groups:
             task = TASKS[group.request.index // 1000]
