@@ -3,14 +3,21 @@
 import numpy as np
 import pytest
 import torch
+import yaml
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+from PIL import Image
 
 from actors.rollout import RolloutActor, RolloutSetup
+from common.commit import begin, commit
+from common.events import EventLog
 from data.records import RecordDataset
 from data.sampler import Draw
 from data.seeding import seed_for
+from pipeline.cli import main
+from pipeline.config import load_config
 from policy.adapters import LoraConfig, trained
 from policy.base import check_base
-from policy.dit import velocity
+from policy.dit import to_tokens, velocity
 from policy.edit import EditConfig, EditPolicy
 from policy.folder import load_vae, save_vae
 from policy.group import GroupRequest
@@ -23,7 +30,7 @@ from policy.rl import GrpoConfig, GrpoProgram, Start
 from policy.schedule import SamplingConfig, ScheduleConfig, WindowConfig
 from policy.weights import pack
 from tests.unit.data.helpers import make_record, write_dataset
-from tests.unit.policy.tiny_base import write_base
+from tests.unit.policy.tiny_base import stock_pipeline, write_base
 from tests.unit.policy.tiny_models import DIT
 
 TASKS = ("automatic_matting", "object_removal", "layer_decomposition")
@@ -133,3 +140,44 @@ def test_a_group_is_rolled_out_from_a_base_and_replayed_with_ratio_one(base, dat
     assert np.array_equal(group.text_TD, states.numpy())
     for micro in program.micro_batches(group, np.array([1.0, 0.0, -1.0])):
         assert program.loss(program.module, micro).stats["max_ratio_error"] == 0
+
+
+@pytest.fixture
+def trained_run(base, vae_stage, dataset, tmp_path):
+    """What a run on the base leaves behind once its SFT stage has moved the adapter."""
+    program, run = sft(base, vae_stage, dataset), tmp_path / "run"
+    temporary = begin(run / "sft" / "final")
+    moved = {name: value + 0.05 for name, value in trained(program.module.state_dict(), lora=True).items()}
+    program.export(temporary / "model", moved)
+    commit(temporary, run / "sft" / "final", {"step": 1})
+    config = load_config("tiny", [f"run_dir={run}", f"dataset={dataset}", f"vae.start={base}"])
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    EventLog(run / "events.jsonl", 1).close()
+    return run
+
+
+@pytest.mark.parametrize("form", ["diffusers", "lora"])
+def test_stock_diffusers_samples_from_what_the_export_command_writes_what_the_runs_policy_samples_here(
+    base, trained_run, tmp_path, monkeypatch, form
+):
+    out, side, prompt = tmp_path / "out", 64, "Cut out the disc."
+    assert main(["export", str(trained_run), str(out), "--form", form]) == 0
+    for constant in ("VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE"):
+        monkeypatch.setattr(stock, constant, side * side)
+    pipeline = stock_pipeline(out if form == "diffusers" else base)
+    if form == "lora":
+        pipeline.load_lora_weights(str(out / "lora"))
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    tokens = pipeline(
+        image=[Image.fromarray(pixels)], prompt=prompt, true_cfg_scale=1.0, height=side, width=side,
+        num_inference_steps=3, generator=torch.Generator().manual_seed(3), output_type="latent",
+    ).images  # fmt: skip
+    picture = torch.from_numpy(pixels.transpose(2, 0, 1) / np.float32(255))
+    config = EditConfig(steps=3, guidance=1.0, size=side, seed=3)
+    ours, untrained = (
+        to_tokens(EditPolicy(folder).latents(1, [picture], prompt, config))
+        for folder in (trained_run / "sft" / "final" / "model", base)
+    )
+    torch.testing.assert_close(ours, tokens, atol=1e-5, rtol=0)
+    assert float((untrained - tokens).abs().max()) > 1e-3
