@@ -16,6 +16,7 @@ from actors.packages import check_runtime_env
 from data.tasks import get_task
 from pipeline.config import RunConfig
 from pipeline.plan_nodes import Node, node_table
+from pipeline.plan_store import StoreNeeds, store_needs
 from policy.adapters import base_dtype
 from policy.base import TEXT_WIDTH
 from policy.dit import PATCH, SIGHT_CHANNELS
@@ -71,6 +72,10 @@ def other_rows(config: RunConfig) -> list[PlacementRow]:
 def _needs(config: RunConfig) -> list[str]:
     """What a step of SFT holds and computes on each learner rank."""
     found, ranks, stage = sft_footprint(config), config.cluster.learner.actors, config.sft.zero_stage
+    store = grpo_store(config)
+    held = {f"{store.groups} groups' pixels": store.groups * store.pixels}
+    held |= {f"{store.groups} groups' latents": store.groups * store.trajectory}
+    held |= {f"{store.versions} versions' weights": store.versions * store.weights}
     parts = {
         "frozen weights": found.base_bytes,
         "trained weights": found.trained_bytes,
@@ -85,6 +90,8 @@ def _needs(config: RunConfig) -> list[str]:
         *(f"  {name:17s}{size / 2**30:9.3f} GiB" for name, size in parts.items()),
         f"  {f'with ZeRO {stage}':17s}{found.per_rank(stage, ranks) / 2**30:9.3f} GiB, and what libraries take",
         f"  {'step':17s}{flops / 1e12:9.3f} TFLOP: {flops / SPEED:.3g} s at {SPEED / 1e12:g} TFLOP/s (assumed)",
+        "object store of grpo, over all nodes, at most:",
+        *(f"  {name:22s}{size / 2**20:9.1f} MiB" for name, size in held.items()),
     ]
 
 
@@ -94,14 +101,27 @@ def sft_footprint(config: RunConfig) -> Footprint:
     The transformer is the one in ``sft.start``; where that folder is not here, ``sft.network`` stands for it.
     """
     sft = config.sft
-    settings, side, words = _transformer(config), config.data.size // config.vae.network.factor, MAX_TOKENS
-    if settings["joint_attention_dim"] != TEXT_DIM:
-        words = REAL_TOKENS
+    settings, side = _transformer(config), config.data.size // config.vae.network.factor
+    words = _words(settings)
     # Trained weights are float32 whatever they are stored in; autocast keeps what is saved in sft.precision.
     dtype = DTYPES[base_dtype(sft.lora)]
     return footprint(
         settings, sft.lora, sft.micro_batch, _images(config), side, words, dtype, recomputed=sft.gradient_checkpointing
     )
+
+
+def grpo_store(config: RunConfig) -> StoreNeeds:
+    """Counts of what a step of GRPO leaves in the object store, for the transformer of :func:`sft_footprint`."""
+    settings, sft, grpo = _transformer(config), config.sft, config.grpo
+    dtype = DTYPES[base_dtype(grpo.lora)]
+    side = config.data.size // config.vae.network.factor
+    trained = footprint(settings, grpo.lora, 1, 1, side, 1, dtype, recomputed=sft.gradient_checkpointing).trained_bytes
+    return store_needs(config, settings, _words(settings), trained)
+
+
+def _words(transformer: dict[str, Any]) -> int:
+    """Longest text in tokens."""
+    return MAX_TOKENS if transformer["joint_attention_dim"] == TEXT_DIM else REAL_TOKENS
 
 
 def _images(config: RunConfig) -> int:
