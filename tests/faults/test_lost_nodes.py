@@ -1,5 +1,9 @@
 """Clusters of several nodes on this machine: one that grows, one that is too small, and the loss of a node."""
 
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+import yaml
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -26,6 +31,7 @@ from policy.folder import load_transformer
 from tests.faults import worker
 from tests.faults.worker import Worker
 from tests.integration.policies import write_policy
+from tests.integration.test_whole_loop import processes_of
 
 ray.cloudpickle.register_pickle_by_value(worker)  # actors cannot import the tests
 
@@ -138,6 +144,24 @@ def test_a_cluster_that_does_not_grow_in_time_is_refused_with_what_is_missing(cl
     assert not [e for e in events_of(settings) if e["event"] == "stage_started"]
 
 
+def test_sigterm_while_a_run_waits_for_a_larger_cluster_ends_it_and_leaves_nothing_running(cluster, config, tmp_path):
+    settings = config(cluster(2), *roles(), "cluster.wait_s=120")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    command = [sys.executable, "-m", "pipeline.cli", "grpo", str(tmp_path / "mine.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
+        said = []
+        for line in driver.stdout:
+            said.append(line)
+            if "waiting for a larger cluster" in line:
+                began = time.monotonic()
+                driver.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=60) == 130, "".join(said)
+    assert time.monotonic() - began < 20
+    assert "stopped in stage 'grpo'" in said[-1], said[-1]
+    assert not [e for e in events_of(settings) if e["event"] == "stage_started"]
+    assert not processes_of(settings.folder)
+
+
 def test_a_node_that_joins_later_is_asked_about_the_shared_storage_by_the_first_actor_there(
     cluster, real_dataset, tmp_path
 ):
@@ -193,10 +217,10 @@ def test_a_node_lost_with_its_rollout_actor_and_finished_groups_changes_nothing_
     own = [*roles(learner=1, rollout=2, reward=0.01), "grpo.group=9"]
     quiet, calm = trained(config(three, *own, name="quiet"))
 
-    def score_and_lose(self, group):
+    def score_and_lose(self, group, *rest):
         if not scored and group.request.step == 3 and group.request.group == 1 and not lost:
             lost.extend(remove_node_of("rollout-0", three))
-        return score(self, group)
+        return score(self, group, *rest)
 
     def train_and_lose(self, step, *rest):
         if scored and step == 2 and not lost:
@@ -230,10 +254,10 @@ def test_a_node_lost_without_room_for_its_actors_ends_the_run_with_what_it_needs
     two, score = cluster(2, 2), RewardPool.score
     settings = config(two, *roles())
 
-    def score_and_lose(self, group):
+    def score_and_lose(self, group, *rest):
         if group.request.step == 3 and group.request.group == 1:
             remove_node_of("rollout-0", two)
-        return score(self, group)
+        return score(self, group, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(RewardPool, "score", score_and_lose)
