@@ -87,9 +87,19 @@ def test_a_large_loss_on_one_object_is_not_clear():
     assert not suspects(changes)
 
 
-def test_records_of_one_photo_do_not_count_as_many():
+def test_a_split_of_few_photos_convicts_all_the_same():
+    """As measured: on three photos soft IoU fell from .36 to .16 beside a reward that rose by .045, and nobody said so."""
+
+    def of_three(entries: list[Entry]) -> list[Entry]:
+        return [replace(entry, photo=f"photo{k % 3}") for k, entry in enumerate(entries)]
+
+    before = of_three(look(reward=0.554, noise=0.03, soft_iou=0.36))
+    assert marked(before, of_three(look(seed=1, reward=0.599, noise=0.03, soft_iou=0.16)), looks=2) == {"soft_iou"}
+
+
+def test_records_of_one_object_do_not_count_as_many():
     def shared(entries: list[Entry]) -> list[Entry]:
-        return [replace(entry, photo=f"photo{k % 2}", object=f"object{k % 2}") for k, entry in enumerate(entries)]
+        return [replace(entry, object=f"object{k % 2}") for k, entry in enumerate(entries)]
 
     now = look(seed=1, reward=0.7, noise=0.05, soft_iou=0.45)
     assert marked(look(noise=0.05), now) == {"soft_iou"}
