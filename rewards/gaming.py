@@ -252,8 +252,8 @@ def _cloud_change(
 
 
 def _clusters(pairs: Sequence[tuple[Entry, Entry]]) -> tuple[list[str | None], list[str]]:
-    """What is resampled: objects. The photos are those of the fixed records, and it is on them that a policy is watched;
-    the few of a validation split would convict nobody."""
+    """What is resampled: objects. The photos are those of the fixed records, on which the policy is watched:
+    the few of a validation split would convict nobody otherwise."""
     return [None] * len(pairs), [a.object for a, _ in pairs]
 
 
