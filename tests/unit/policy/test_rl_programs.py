@@ -5,137 +5,35 @@ import derivations
 import numpy as np
 import pytest
 import torch
-from tiny_models import CHANNELS, live_dit, make_condition, measured_vae, normal
+from rl_groups import (
+    ADVANTAGES,
+    FLOW_SDE,
+    GAUSSIAN,
+    KEY,
+    LAYERS,
+    MEMBERS,
+    OBJECTIVES,
+    SIGMAS,
+    SIZE,
+    WINDOW,
+    gradient,
+    grpo,
+    losses,
+    move,
+    nft,
+    norm,
+    rolled_out,
+    speed,
+    step_down,
+    weights,
+)
+from tiny_models import measured_vae
 
-from policy.adapters import LoraConfig, add_lora, save_adapter, trained
-from policy.dit import from_tokens, velocity
-from policy.folder import load_transformer, load_vae, save_policy
-from policy.group import GroupTrajectory, Recording
-from policy.kernels import KernelConfig, transition
-from policy.rl import CreditConfig, GrpoConfig, GrpoProgram, NftConfig, NftProgram, Start, training_times
-from policy.sampling import denoise
-from policy.schedule import ScheduleConfig
+from policy.dit import from_tokens
+from policy.folder import load_transformer, load_vae
+from policy.group import Recording
+from policy.rl import CreditConfig, GrpoConfig, NftConfig, training_times
 from policy.weights import digest
-
-SIGMAS = ScheduleConfig(steps=5, shift=3.0).sigmas()
-MEMBERS, LAYERS, SIZE = 3, 2, 4
-SHAPE = (LAYERS, CHANNELS, SIZE, SIZE)
-WINDOW = range(0, 3)
-KEY = (7, 1, 4)
-LORA = LoraConfig(rank=3, alpha=6)
-FLOW_SDE = KernelConfig(name="flow_sde", eta=0.7)
-GAUSSIAN = {
-    "flow_sde": FLOW_SDE,
-    "dance": KernelConfig(name="dance", eta=0.3),
-    "gaussian cps": KernelConfig(name="cps", eta=0.8, density="gaussian"),
-}
-OBJECTIVES = {
-    f"{name}, {word}": (kernel, word == "guard") for name, kernel in GAUSSIAN.items() for word in ("plain", "guard")
-}
-OBJECTIVES["published cps, plain"] = (KernelConfig(name="cps", eta=0.8), False)
-ADVANTAGES = np.array([1.5, np.nan, -0.5])
-
-
-def move(module, seed=11):
-    """Changes all that is trained, an adapter more than whole weights: its update is a product of two small ones."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                size = 0.1 if ".policy." in name else 0.02
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-    return module
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    plain, adapted = (tmp_path_factory.mktemp(name) for name in ("plain", "adapted"))
-    model = live_dit()
-    for folder in (plain, adapted):
-        save_policy(folder, measured_vae(), model)
-    add_lora(model, LORA, seed=1)
-    save_adapter(adapted, trained(move(model).state_dict(), lora=True), LORA)
-    return {
-        "all weights": Start(plain),
-        "a fresh adapter": Start(plain, LORA, seed=2),
-        "an earlier stage's adapter": Start(adapted, LORA),
-    }
-
-
-@pytest.fixture
-def plain(folders):
-    return folders["all weights"]
-
-
-@pytest.fixture(params=["all weights", "a fresh adapter", "an earlier stage's adapter"])
-def start(request, folders):
-    return folders[request.param]
-
-
-def grpo(start, kernel=FLOW_SDE, **settings):
-    return GrpoProgram(start, GrpoConfig(**settings), kernel, SIGMAS)
-
-
-def nft(start, **settings):
-    return NftProgram(start, NftConfig(**{"times": 2} | settings), SIGMAS)
-
-
-def weights(program, start):
-    """What an engine publishes."""
-    return trained(program.module.state_dict(), start.lora is not None)
-
-
-def rolled_out(module, kernel=FLOW_SDE, window=WINDOW, times=2, key=KEY):
-    """A group as a rollout actor makes it: with a window for GRPO, without one for NFT."""
-    single = make_condition(1)
-    result = denoise(
-        module,
-        single.expand(MEMBERS),
-        normal(MEMBERS, *SHAPE, seed=7),
-        SIGMAS,
-        window,
-        kernel,
-        lambda step: normal(MEMBERS, *SHAPE, seed=1000 + step),
-    )
-    return GroupTrajectory(
-        key=key,
-        steps=tuple(window) or training_times(key, times, len(SIGMAS) - 1),
-        inputs_NCHW=single.inputs_BNCHW[0].numpy(),
-        text_TD=single.text_BTD[0].numpy(),
-        window_GWMCHW=result.window_BWMCHW.numpy(),
-        log_probs_GW=result.log_probs_BW.numpy(),
-        clean_GMCHW=result.latents_BMCHW.numpy(),
-        means_GWMCHW=result.means_BWMCHW.numpy() if window else None,
-    )
-
-
-def speed(module, group, latents, time):
-    condition = group.condition()
-    with torch.no_grad():
-        return velocity(module, latents, torch.full((len(latents),), time), condition.inputs_BNCHW, condition.text_BTD)
-
-
-def losses(program, group, advantages=ADVANTAGES):
-    return [program.loss(program.module, micro) for micro in program.micro_batches(group, advantages)]
-
-
-def gradient(program, group, advantages, place=0):
-    """Gradient of one micro-batch by name, zeros where none arrives."""
-    program.module.zero_grad()
-    program.loss(program.module, program.micro_batches(group, advantages)[place]).total.backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in program.module.named_parameters()}
-
-
-def norm(tensors):
-    return float(torch.nn.utils.get_total_norm(list(tensors.values())))
-
-
-def step_down(program, group, advantages, place, length):
-    """One step of plain gradient descent, ``length`` long."""
-    found = gradient(program, group, advantages, place)
-    with torch.no_grad():
-        for name, parameter in program.module.named_parameters():
-            parameter.sub_(found[name] * (length / norm(found)))
 
 
 @pytest.mark.parametrize("make", [grpo, nft])
@@ -161,79 +59,8 @@ def test_an_exported_policy_loads_and_computes_what_the_trained_one_does(start, 
     assert digest(load_vae(tmp_path).state_dict()) == digest(measured_vae().state_dict())
 
 
-CREDIT = CreditConfig(cells=4)
-
-
-def test_with_local_credit_an_advantage_that_is_the_same_everywhere_has_the_gradient_of_the_whole_sample(plain):
-    program, local = grpo(plain), grpo(plain, credit=CREDIT)
-    group = rolled_out(program.module)
-    everywhere = np.broadcast_to(ADVANTAGES[:, None, None, None], (MEMBERS, LAYERS, 4, 4))
-    for place in range(len(WINDOW)):
-        whole, cells = gradient(program, group, ADVANTAGES, place), gradient(local, group, everywhere, place)
-        for name in whole:
-            torch.testing.assert_close(cells[name], whole[name], rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize(("layers", "cells"), [(LAYERS, 4), (LAYERS, 2), (1, 4), (1, 2)])
-@pytest.mark.parametrize("clip_range", [1e-4, 10.0])
-def test_the_loss_of_local_credit_is_that_of_the_formula(plain, layers, cells, clip_range):
-    program = grpo(plain, credit=CREDIT, clip_range=clip_range)
-    group = rolled_out(program.module)
-    move(program.module)
-    advantages = np.random.default_rng(0).standard_normal((MEMBERS, layers, cells, cells)).astype(np.float32)
-    advantages[1] = np.nan
-    for place, found in enumerate(losses(program, group, advantages)):
-        step = WINDOW[place]
-        latents = torch.tensor(group.window_GWMCHW[:, place])
-        moved = transition(
-            FLOW_SDE, latents, speed(program.module, group, latents, SIGMAS[step]), *SIGMAS[step : step + 2], SIGMAS[1]
-        )
-        after = group.window_GWMCHW[:, place + 1].astype(float)
-        old, new = group.means_GWMCHW[:, place].astype(float), moved.mean.double().numpy()
-        total = 0.0
-        for g in (0, 2):
-            parts = []
-            for layer, y, x in np.ndindex(LAYERS, SIZE, SIZE):
-                here = (g, layer, slice(None), y, x)
-                apart = np.mean((after[here] - old[here]) ** 2 - (after[here] - new[here]) ** 2) / (2 * moved.scale**2)
-                a = float(advantages[g, layer if layers > 1 else 0, y * cells // SIZE, x * cells // SIZE])
-                r = np.exp(apart)
-                parts.append(max(-a * r, -a * np.clip(r, 1 - clip_range, 1 + clip_range)))
-            total += np.mean(parts)
-        assert found.count == 2
-        assert float(found.total.detach()) == pytest.approx(total, rel=1e-4)
-
-
-def test_with_local_credit_an_unchanged_policy_has_ratio_one_and_clips_nothing(plain):
-    program = grpo(plain, credit=CREDIT, clip_range=1e-6)
-    advantages = np.random.default_rng(0).standard_normal((MEMBERS, LAYERS, 4, 4)).astype(np.float32)
-    for found in losses(program, rolled_out(program.module), advantages):
-        assert found.stats["max_ratio_error"] == 0
-        assert found.stats["clipped"] == 0
-        assert float(found.total.detach()) == pytest.approx(-advantages.mean((1, 2, 3)).sum(), abs=1e-5)
-
-
-def test_local_credit_moves_a_policy_where_its_advantages_are_and_not_elsewhere(plain):
-    program = grpo(plain, credit=CREDIT, clip_range=10.0)
-    group = rolled_out(program.module)
-    advantages = np.zeros((MEMBERS, LAYERS, 4, 4), np.float32)
-    advantages[0, 0, :2] = 1.0
-    before = program.recompute(program.module, group)[0].means_GWMCHW[0, 0]
-    step_down(program, group, advantages, 0, 0.02)
-    after = program.recompute(program.module, group)[0].means_GWMCHW[0, 0]
-    wanted = group.window_GWMCHW[0, 1]
-    nearer = (before - wanted) ** 2 - (after - wanted) ** 2
-    assert nearer[0, :, :2].mean() > 0
-    assert nearer[0, :, :2].mean() > 2 * abs(nearer[1].mean())
-
-
-def test_local_credit_and_guard_exclude_each_other():
-    with pytest.raises(ValueError, match="leave one out"):
-        GrpoConfig(guard=True, credit=CREDIT)
-
-
 def test_each_objective_says_what_rollouts_must_carry():
-    assert GrpoConfig(credit=CREDIT).recording == Recording(window=True, means=True, times=0)
+    assert GrpoConfig(credit=CreditConfig()).recording == Recording(window=True, means=True, times=0)
     assert GrpoConfig().recording == Recording(window=True, means=False, times=0)
     assert GrpoConfig(guard=True).recording == Recording(window=True, means=True, times=0)
     assert NftConfig(times=3).recording == Recording(window=False, means=False, times=3)
