@@ -283,13 +283,13 @@ def test_a_run_whose_rollout_and_reward_actors_are_killed_at_work_ends_bit_equal
                 killer.at_work(victim, pid, "sample")
             return groups
 
-        def score_and_kill(group):
+        def score_and_kill(group, cells):
             (victim,) = rewards.crew.actors
             if group.request.step != 3 or group.request.group != 1:
-                return score(group)
+                return score(group, cells)
             pid = pid_of(victim)
             os.kill(pid, signal.SIGSTOP)  # so that it surely dies with the group unanswered
-            scoring = score(group)
+            scoring = score(group, cells)
             os.kill(pid, signal.SIGKILL)
             killer.killed.append(pid)
             return scoring
