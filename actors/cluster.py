@@ -48,6 +48,11 @@ class ClusterConfig(StrictConfig):
     """Learner ranks."""
     rollout: RoleConfig = RoleConfig()
     """Rollout actors."""
+    colocated: bool = False
+    """The learner ranks sample as well, with the very weights that they train: one copy of the policy on each, none on
+    its way. There are no rollout actors then, whatever ``rollout`` says, and sampling and training take turns."""
+    offload: bool = False
+    """With ``colocated``: VAE and condition encoder are in host memory while the policy trains."""
     reward: RoleConfig = RoleConfig()
     """Reward actors."""
     learner_port: int | None = Field(None, ge=1, le=65535)
@@ -71,6 +76,17 @@ class ClusterConfig(StrictConfig):
         return self
 
     @model_validator(mode="after")
+    def _only_shared_devices_are_cleared(self) -> Self:
+        if self.offload and not self.colocated:
+            raise ValueError("offload clears the device that sampling and training share: set colocated too")
+        return self
+
+    @property
+    def samplers(self) -> int:
+        """Number of actors that sample."""
+        return self.learner.actors if self.colocated else self.rollout.actors
+
+    @model_validator(mode="after")
     def _ranks_have_no_spares(self) -> Self:
         if self.learner.spares:
             raise ValueError("learner.spares: ranks are lost together and built anew together; leave it out")
@@ -91,7 +107,7 @@ class PlacementRow:
 
 def placement(config: ClusterConfig) -> list[PlacementRow]:
     """What the configured roles reserve, role by role."""
-    crews = {"rollout": config.rollout, "reward": config.reward}
+    crews = {"reward": config.reward} if config.colocated else {"rollout": config.rollout, "reward": config.reward}
     asked = [("learner", config.learner, config.learner.actors)]
     asked += [(name, crew, crew.actors) for name, crew in crews.items()]
     asked += [(f"{name} spare", crew, crew.spares) for name, crew in crews.items() if crew.spares]

@@ -266,6 +266,9 @@ class LearnerGroup:
     """All ranks, driven as one. They are lost together: whatever one of them dies of or raises unexpectedly is a
     :class:`LearnerError`, after which only :meth:`rebuild` makes sense."""
 
+    kind: type[LearnerRank] = LearnerRank
+    """What a rank is."""
+
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._deadline, self.world = config.deadline_s, config.learner.actors
@@ -276,8 +279,8 @@ class LearnerGroup:
 
     def _start(self) -> None:
         config, role = self._config, self._config.learner
-        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(LearnerRank)
-        self._ranks = [actor.remote(rank, role.threads, role.gpus) for rank in range(self.world)]
+        actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(self.kind)
+        self._ranks = [actor.remote(rank, *self._settings()) for rank in range(self.world)]
         entering = [enter(rank, f"learner-{number}") for number, rank in enumerate(self._ranks)]
         for said in wait_all(entering, "learner ranks to start", self._deadline, room.look):
             admit(said)
@@ -285,6 +288,10 @@ class LearnerGroup:
         ((address, port),) = wait_all([asked], "a rendezvous of the learner ranks", self._deadline)
         connecting = [rank.connect.remote(address, port, self.world) for rank in self._ranks]
         wait_all(connecting, "ranks to connect", self._deadline)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What a rank is made with, besides its number."""
+        return self._config.learner.threads, self._config.learner.gpus
 
     def rebuild(self) -> None:
         """Ends all ranks and starts new ones, which know nothing: :meth:`setup` and :meth:`restore` come next.

@@ -10,10 +10,10 @@ policy.
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -41,6 +41,8 @@ from policy.schedule import SamplingConfig, ScheduleConfig
 from policy.sight import sight_for
 from policy.vae import LatentCodec
 from policy.weights import digest, load_packed
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,29 @@ class RolloutSetup:
 class RolloutActor:
     """Samples groups; made into a Ray actor by :class:`RolloutPool`."""
 
-    def __init__(self, setup: RolloutSetup, threads: int, gpus: float = 0.0) -> None:
+    def __init__(
+        self, setup: RolloutSetup, threads: int, gpus: float = 0.0, model: torch.nn.Module | None = None
+    ) -> None:
+        """``model``: the transformer of somebody in the same process, who keeps and may train it; otherwise a copy."""
         torch.set_num_threads(threads)
         self._setup, self._device = setup, own_device(gpus)
         start, self._base = setup.start, base_dtype(setup.start.lora)
-        self._model = self._at_rest(starting_policy(start.policy, start.lora, start.seed))
-        self._codec = LatentCodec(load_vae(start.policy).to(self._device), sight_for(self._model, self._device))
+        if model is None:
+            model = self._at_rest(starting_policy(start.policy, start.lora, start.seed))
+        self._model = model
+        self._codec = LatentCodec(load_vae(start.policy).to(self._device), sight_for(model, self._device))
         self._text = open_encoder(start.policy, device=self._device)
         self._splits: dict[str, RecordDataset] = {}
         self._version, self._held = -1, ""
+
+    def adopt(self, model: torch.nn.Module, version: int) -> None:
+        """Samples with somebody's model, as it is then."""
+        self._model, self._held, self._version = model, "", version
+
+    def move(self, device: torch.device) -> None:
+        """Moves all but the transformer."""
+        self._codec.to(device)
+        self._text.to(device)
 
     def load(self, version: int, index: Any, buffer: np.ndarray) -> str:
         """Takes published weights and answers with the digest of what the model now holds."""
@@ -218,6 +234,28 @@ class Group:
     pixels: Any
 
 
+class Rollouts(Protocol):
+    """Whoever samples: rollout actors (:class:`RolloutPool`), or the learner ranks (:mod:`actors.colocated`)."""
+
+    def publish(self, version: int, name: str, index: Any, buffer: Any) -> Weights:
+        """Weights for whatever is asked for from now on, unless it names older ones."""
+        ...
+
+    def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float], weights: Weights) -> Iterator[Group]:
+        """Submits groups and returns at once; they come one by one as they exist, in any order."""
+        ...
+
+    def load_folder(self, model: Path) -> str:
+        """From now on it is a policy folder's transformer that samples; returns its digest."""
+        ...
+
+    def generate(
+        self, split: str, chunks: Sequence[Sequence[int]], schedule: ScheduleConfig
+    ) -> Iterator[tuple[Any, Any]]:
+        """Submits evaluation chunks and returns at once: (count, pixels) references in the order of the chunks."""
+        ...
+
+
 class RolloutPool:
     """All rollout actors. One that dies is replaced, and its groups are sampled again: they are the same groups, for
     all of their randomness follows from the request, and the request comes with the weights."""
@@ -274,16 +312,24 @@ class RolloutPool:
         if self._weights is None:
             raise ActorError("rollout actors were asked for samples before they had been given weights")
         call = functools.partial(_generate, self._weights, split, schedule)
-        return self._in_order([self.crew.ask(functools.partial(call, chunk)) for chunk in chunks])
+        asked = [self.crew.ask(functools.partial(call, chunk)) for chunk in chunks]
+        done = self.crew.as_done(asked, "rollout actors: evaluation")
+        return (_pair(work) for work in in_order(asked, (work for work, _ in done)))
 
-    def _in_order(self, asked: Sequence[Work]) -> Iterator[tuple[Any, Any]]:
-        done, place = set(), 0
-        for work, _ in self.crew.as_done(asked, "rollout actors: evaluation"):
-            done.add(work)
-            while place < len(asked) and asked[place] in done:
-                count, pixels = asked[place].refs
-                yield count, pixels
-                place += 1
+
+def _pair(work: Work) -> tuple[Any, Any]:
+    count, pixels = work.refs
+    return count, pixels
+
+
+def in_order(keys: Sequence[Key], done: Iterable[Key]) -> Iterator[Key]:
+    """``keys``, each as soon as it and all before it are among ``done``."""
+    there, place = set(), 0
+    for key in done:
+        there.add(key)
+        while place < len(keys) and keys[place] in there:
+            yield keys[place]
+            place += 1
 
 
 def _sample(request: GroupRequest, weights: Weights, actor: Any) -> Any:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from actors.learner import LearnerGroup
-from actors.rollout import RolloutPool, Weights
+from actors.rollout import Rollouts, Weights
 from actors.waiting import in_background
 
 Made = TypeVar("Made")
@@ -44,7 +44,7 @@ class Ahead(Generic[Made]):
     def __init__(
         self,
         learner: LearnerGroup,
-        rollouts: RolloutPool,
+        rollouts: Rollouts,
         make: Callable[[int, Weights], Made],
         staleness: int,
         steps: int,

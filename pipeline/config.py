@@ -126,6 +126,15 @@ class RunConfig(StrictConfig):
         return self
 
     @model_validator(mode="after")
+    def _ranks_do_one_thing_at_a_time(self) -> "RunConfig":
+        if self.cluster.colocated and self.grpo.max_staleness:
+            raise ValueError(
+                "cluster.colocated: ranks that sample cannot train meanwhile; set grpo.max_staleness to 0, or leave "
+                "colocated out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_judge_is_served_and_asked(self) -> "RunConfig":
         served = served_terms(self.rewards)
         if served and not self.judging:

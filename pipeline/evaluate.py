@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from actors.reward import Measured, RewardPool
-from actors.rollout import RolloutPool
+from actors.rollout import Rollouts
 from common.commit import begin, commit, storage_errors
 from common.events import finite, read_events
 from data.records import Record
@@ -31,7 +31,7 @@ TITLES = {"sft": "SFT", "continued": "SFT continued", "grpo": "GRPO"}
 """The policies that can be compared, and what they are called."""
 
 
-def run_evaluate(run: Run, rollouts: RolloutPool, rewards: RewardPool) -> None:
+def run_evaluate(run: Run, rollouts: Rollouts, rewards: RewardPool) -> None:
     """Samples, scores and draws; writes results.json, table.md and one grid per task."""
     config, stage = run.config, run.config.evaluate
     folders = policies(run)

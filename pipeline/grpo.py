@@ -21,7 +21,7 @@ import numpy as np
 
 from actors.learner import Item, LearnerGroup, first_ratio_message
 from actors.reward import RewardPool
-from actors.rollout import Group, RolloutPool, Weights
+from actors.rollout import Group, Rollouts, Weights
 from actors.waiting import wait_all
 from common.errors import ActorError, LostValueError, NumericsError, RewardError
 from common.events import in_flight, read_events
@@ -45,7 +45,7 @@ Scored = tuple[Group, GroupMeta, GroupScores]
 def run_grpo(
     run: Run,
     learner: LearnerGroup,
-    rollouts: RolloutPool,
+    rollouts: Rollouts,
     rewards: RewardPool,
     judged: Callable[[], dict[str, float]] = dict,
 ) -> None:
@@ -101,7 +101,7 @@ def show(run: Run, rewards: RewardPool, step: int, scored: Sequence[Scored]) -> 
         rewards.wait([stored], "rollouts to be stored")
 
 
-def roll_out(run: Run, rollouts: RolloutPool, rewards: RewardPool, step: int, weights: Weights) -> list[Scored]:
+def roll_out(run: Run, rollouts: Rollouts, rewards: RewardPool, step: int, weights: Weights) -> list[Scored]:
     """Samples and scores the groups of a step; with ``resample``, replaces those that cannot be trained on. Where some
     are lost with a node, they are sampled again, and are the same groups."""
     config, stage = run.config, run.config.grpo
@@ -297,7 +297,7 @@ def report(
     dropped = Counter(batch.dropped.values())
     seconds = max(sample_s + train_s, 1e-9)
     idle_learner = sample_s / seconds
-    idle_rollout = max(0.0, 1 - batch.sampling_s / run.config.cluster.rollout.actors / seconds)
+    idle_rollout = max(0.0, 1 - batch.sampling_s / run.config.cluster.samplers / seconds)
     values: dict[str, Any] = (
         record
         | batch.rewards

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from actors.reward import Measured, RewardPool
-from actors.rollout import RolloutPool
+from actors.rollout import Rollouts
 from common.errors import DataError
 from data.records import Record, RecordDataset
 from pipeline.config import RunConfig
@@ -72,7 +72,7 @@ def _of_one_size(indices: Sequence[int], sizes: Sequence[tuple[int, int] | None]
 
 def measure(
     config: RunConfig,
-    rollouts: RolloutPool,
+    rollouts: Rollouts,
     rewards: RewardPool,
     held: HeldOut,
     what: str,

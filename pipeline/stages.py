@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 
 from actors.cluster import connected, placement
+from actors.colocated import ColocatedGroup, ColocatedRollouts
 from actors.isolation import ScorerPool, isolated_terms
 from actors.judge import JudgePool
 from actors.learner import LearnerGroup
 from actors.packages import check_runtime_env
 from actors.processes import roster
 from actors.reward import RewardPool
-from actors.rollout import RolloutPool, RolloutSetup
+from actors.rollout import RolloutPool, Rollouts, RolloutSetup
 from actors.room import room
 from actors.shared_storage import SharedStorage
 from actors.waiting import PROCESS_ENDED
@@ -181,7 +182,8 @@ class Actors:
 
     @cached_property
     def learner(self) -> LearnerGroup:
-        return LearnerGroup(self._config.cluster)
+        cluster = self._config.cluster
+        return ColocatedGroup(cluster) if cluster.colocated else LearnerGroup(cluster)
 
     @cached_property
     def judge(self) -> JudgePool | None:
@@ -205,8 +207,11 @@ class Actors:
         return RewardPool(self._config.cluster, terms, self._run.events.write, strict)
 
     @cached_property
-    def rollouts(self) -> RolloutPool:
-        return RolloutPool(self._config.cluster, rollout_setup(self._run), self._run.events.write)
+    def rollouts(self) -> Rollouts:
+        setup = rollout_setup(self._run)
+        if isinstance(self.learner, ColocatedGroup):
+            return ColocatedRollouts(self.learner, setup)
+        return RolloutPool(self._config.cluster, setup, self._run.events.write)
 
     def try_scorers(self) -> None:
         """Starts the judge, which stays, and the isolated terms' processes, which are ended again: what is wrong with

@@ -20,7 +20,7 @@ from typing import Any
 
 from actors.learner import LearnerGroup
 from actors.reward import RewardPool
-from actors.rollout import RolloutPool
+from actors.rollout import Rollouts
 from common.commit import begin, commit, step_folder, storage_errors, verify, write_atomic
 from common.errors import CheckpointError
 from common.events import finite
@@ -34,7 +34,7 @@ log = logging.getLogger("omnialpha")
 class Watch:
     """Looks, judges, warns, and with ``grpo.watch.stop`` ends the stage. It does nothing where ``every`` is 0."""
 
-    def __init__(self, run: Run, learner: LearnerGroup, rollouts: RolloutPool, rewards: RewardPool) -> None:
+    def __init__(self, run: Run, learner: LearnerGroup, rollouts: Rollouts, rewards: RewardPool) -> None:
         """Made before the stage resumes, while the learner holds the policy that training starts from."""
         self._run, self._learner, self._rollouts, self._rewards = run, learner, rollouts, rewards
         self._config, self._steps = run.config.grpo.watch, run.config.grpo.steps

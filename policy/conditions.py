@@ -31,6 +31,10 @@ class ConditionEncoder(Protocol):
         computes."""
         ...
 
+    def to(self, device: torch.device) -> None:
+        """Moves the weights, where the encoder is large enough to compute elsewhere than on the CPU."""
+        ...
+
 
 class ConditionCache:
     """States on disk, one safetensors file per prompt and pictures, named by their content and the encoder's."""
@@ -47,6 +51,10 @@ class ConditionCache:
     def encode(self, prompt: str, inputs: Sequence[Tensor] = ()) -> Tensor:
         """States (T, D), as :class:`ConditionEncoder` gives them."""
         return self.lookup(prompt, [image_digest(to_uint8_hwc(image)) for image in inputs], lambda: inputs)
+
+    def to(self, device: torch.device) -> None:
+        """As :class:`ConditionEncoder`."""
+        self._encoder.to(device)
 
     def lookup(self, prompt: str, digests: Sequence[str], inputs: Callable[[], Sequence[Tensor]]) -> Tensor:
         """As :meth:`encode`, for pictures that are named by their pixel digest and decoded only where they are needed;

@@ -60,6 +60,11 @@ class QwenEncoder:
         states, _ = self._pipeline.encode_prompt(prompt, image=images or None, device=self._device)
         return states[0]
 
+    def to(self, device: torch.device) -> None:
+        """Moves the weights; states are computed there from now on."""
+        self._device = device
+        self._pipeline.text_encoder.to(device)
+
     def identity(self) -> str:
         """Hex digest of the encoder's weights."""
         files = weight_files(self._folder / "text_encoder", TEXT_WEIGHTS)

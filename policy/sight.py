@@ -38,6 +38,11 @@ class Sight:
         self._known: OrderedDict[str, list[Tensor]] = OrderedDict()
         self._free = kept_bytes
 
+    def to(self, device: torch.device) -> None:
+        """Moves the network; it computes there from now on."""
+        self._device = device
+        self._network.to(device)
+
     def of(self, images: Sequence[Tensor], height: int, width: int) -> Tensor:
         """Features (N, 472, height, width) of N images, each (4, H, W) in [0, 1]; transparent ones lie on white.
 

@@ -35,6 +35,9 @@ class TextEncoder:
         """Hidden states of one prompt, (T, 384) float32, T ≤ 48 with the two special tokens; it sees no ``inputs``."""
         return self._cached(prompt)
 
+    def to(self, device: torch.device) -> None:
+        """Stays where it is: each prompt is encoded once, which the CPU is quick enough for."""
+
     def sentence(self, text: str) -> torch.Tensor:
         """One vector of length 1 for a text, (384,) float32: the mean of its states, as the model was trained for."""
         return torch.nn.functional.normalize(self.encode(text).mean(dim=0), dim=0)

@@ -177,6 +177,12 @@ class LatentCodec:
         """Where the VAE computes and latents leave it."""
         return self.vae.device
 
+    def to(self, device: torch.device) -> None:
+        """Moves the VAE, and what sees; they compute there from now on."""
+        self.vae.to(device)
+        if self._sight is not None:
+            self._sight.to(device)
+
     @staticmethod
     def factor_of(vae: ImageVae) -> int:
         """Pixels along a side of one latent."""

@@ -22,6 +22,7 @@ from rewards.statistics import cluster_t_interval, cluster_t_interval_of
 OPTIMISES = {
     "layer": ("psnr_white", "background_psnr"),
     "alpha_mad": ("alpha_mad", "alpha_sad"),
+    "alpha_overlap": ("soft_iou",),
     "alpha_gradient": ("alpha_grad",),
     "alpha_connectivity": ("alpha_conn",),
 }

@@ -127,6 +127,37 @@ def alpha_mad(batch: RewardBatch) -> Tensor:
     return torch.tensor(1.0 - np.abs(predictions_GKHW - truths_KHW).mean(axis=(1, 2, 3)))
 
 
+def _overlap_errors(batch: RewardBatch) -> tuple[Tensor, Tensor]:
+    """(|α̂ − α| of foreground layers over their Σα̂ + Σα, (G, K, H, W); the same summed over pixels, (G, K))."""
+    assert batch.targets_LCHW is not None
+    layers = _foregrounds(batch, "alpha_overlap")
+    predictions_GKHW, truths_KHW = batch.layers_GLCHW[:, layers, 3].double(), batch.targets_LCHW[layers, 3].double()
+    both_GK = (predictions_GKHW + truths_KHW).sum(dim=(-2, -1))
+    errors_GKHW = (predictions_GKHW - truths_KHW).abs() / both_GK.where(both_GK > 0, 1.0)[..., None, None]
+    return errors_GKHW, errors_GKHW.sum(dim=(-2, -1))
+
+
+def _overlap_contributions(batch: RewardBatch) -> Tensor:
+    """Of each pixel of foreground layers, (G, L, H, W)."""
+    errors_GKHW, _ = _overlap_errors(batch)
+    found = torch.zeros_like(batch.layers_GLCHW[:, :, 3])
+    share = found[0].numel() / errors_GKHW.shape[1]
+    found[:, _foregrounds(batch, "alpha_overlap")] = (-share * errors_GKHW).to(found)
+    return found
+
+
+@register("alpha_overlap")
+@_needs("targets")
+@_contributed(_overlap_contributions)
+def alpha_overlap(batch: RewardBatch) -> Tensor:
+    """Soft Dice 1 − Σ|α̂ − α| / (Σα̂ + Σα) over foreground layers, 1 where both are empty; (G,) in [0, 1].
+
+    Where it is uncertain which object is meant, a mean error rewards showing none: a wrong object costs twice. Here
+    showing nothing scores 0, like a wholly wrong object.
+    """
+    return 1.0 - _overlap_errors(batch)[1].mean(dim=1)
+
+
 @register("alpha_gradient")
 @_needs("targets")
 def alpha_gradient(batch: RewardBatch) -> Tensor:

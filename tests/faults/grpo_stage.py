@@ -10,6 +10,7 @@ import ray
 import torch
 
 from actors.learner import LearnerGroup
+from actors.rollout import RolloutPool
 from common.events import read_events
 from pipeline.config import RunConfig, load_config
 from pipeline.run import Run
@@ -50,7 +51,8 @@ def trained(config: RunConfig, disturb: Any = None) -> tuple[dict[str, torch.Ten
         actors.learner.close()
         actors.close()
         run.close()
-        for actor in [*actors.rollouts.crew.actors, *actors.rewards.crew.actors]:
+        sampling = actors.rollouts.crew.actors if isinstance(actors.rollouts, RolloutPool) else []
+        for actor in [*sampling, *actors.rewards.crew.actors]:
             ray.kill(actor)
     weights = load_transformer(run.final("grpo") / "model").state_dict()
     return weights, read_events(config.folder / "events.jsonl")

@@ -11,6 +11,7 @@ import ray
 import torch
 
 import actors.learner
+from actors.colocated import ColocatedGroup
 from common.errors import LearnerError
 from common.events import group_balance, read_events
 from tests.faults.grpo_stage import small_stage, steps, trained
@@ -58,6 +59,36 @@ def test_ranks_lost_in_the_middle_of_steps_are_built_anew_and_every_step_is_that
     balance = group_balance(events)
     assert balance["launched"] == sum(count for key, count in balance.items() if key != "launched") == 12 + 6
     assert balance["dropped:rolled back"] == 6
+    assert "in_flight" not in balance
+
+
+def test_ranks_that_sample_lost_in_the_middle_of_a_group_are_built_anew_and_the_run_ends_as_the_other_placement_does(
+    config, tmp_path, monkeypatch
+):
+    quiet, calm = trained(config(tmp_path / "quiet"))
+    killed, sample = list[int](), ColocatedGroup.sample
+
+    def sample_and_kill(self, setup, requests, *rest):
+        if requests[0].step != 3 or killed:
+            return sample(self, setup, requests, *rest)
+        pid = ray.get(self._ranks[1].__ray_call__.remote(lambda _: os.getpid()))
+        killed.append(pid)
+        os.kill(pid, signal.SIGSTOP)  # so that it surely dies with groups unanswered
+        groups = sample(self, setup, requests, *rest)
+        threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+        return groups
+
+    monkeypatch.setattr(ColocatedGroup, "sample", sample_and_kill)
+    made = config(tmp_path / "run")
+    weights, events = trained(
+        made.model_copy(update={"cluster": made.cluster.model_copy(update={"colocated": True, "offload": True})})
+    )
+    assert len(killed) == 1
+    assert all(torch.equal(weights[name], quiet[name]) for name in quiet)
+    assert steps(events) == steps(calm)
+    assert next(e["cause"] for e in events if e["event"] == "actor_lost").startswith("learner rank 1: its process")
+    balance = group_balance(events)
+    assert balance["launched"] == sum(count for key, count in balance.items() if key != "launched") == 12 + 3
     assert "in_flight" not in balance
 
 

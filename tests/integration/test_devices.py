@@ -18,7 +18,7 @@ from data.records import RecordDataset
 from data.sampler import Draw
 from policy.adapters import LoraConfig
 from policy.dit import DitConfig, build_dit
-from policy.folder import load_transformer
+from policy.folder import load_transformer, starting_policy
 from policy.group import GroupRequest, Recording
 from policy.latents import encode_records, split_work
 from policy.perceptual import PerceptualDistance
@@ -104,6 +104,24 @@ def test_a_rollout_actor_on_a_device_samples_the_groups_of_one_on_the_cpu(policy
     np.testing.assert_allclose(*shown, atol=1e-5)
     assert there.load_folder(policy) == here.load_folder(policy)
     assert there._model.device == device
+
+
+def test_a_sampler_with_somebodys_model_leaves_the_device_with_all_else_and_samples_the_same_when_it_is_back(
+    policy, real_dataset, device, monkeypatch
+):
+    monkeypatch.setattr(actors.rollout, "own_device", lambda gpus: device)
+    trained = starting_policy(policy, None, 0).to(device)
+    sampler = RolloutActor(setup(policy, real_dataset), 1, 1.0, trained)
+    sampler.adopt(trained, 4)
+    meta, first, _ = sampler.sample(request(real_dataset, "referring_matting"))
+    assert meta.version == 4
+    sampler.move(torch.device("cpu"))
+    assert sampler._codec.device.type == "cpu"
+    assert trained.device == device
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+    sampler.move(device)
+    _, second, _ = sampler.sample(request(real_dataset, "referring_matting"))
+    np.testing.assert_array_equal(first.clean_GMCHW, second.clean_GMCHW)
 
 
 def test_a_reward_actor_on_a_device_scores_as_one_on_the_cpu(policy, real_dataset, device, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 
 import pipeline.grpo
 from actors.cluster import ClusterConfig, RoleConfig
+from actors.colocated import ColocatedGroup, ColocatedRollouts
 from actors.learner import LearnerGroup
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool
@@ -27,6 +28,9 @@ from tests.integration.policies import relative_change, write_policy
 from tests.integration.reference_loop import Outcome, reference_loop
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+
+COLOCATED = 0
+"""Rollout actors where the learner ranks sample."""
 
 VARIANTS = {
     "full": [],
@@ -47,7 +51,7 @@ class Bench:
 
     policy: Path
     dataset: Path
-    learners: dict[int, LearnerGroup]
+    learners: dict[tuple[int, bool], LearnerGroup]
     rollouts: dict[str, RolloutPool]
     rewards: RewardPool | None
 
@@ -84,17 +88,22 @@ def reference(bench, tmp_path_factory) -> Callable[[str], Outcome]:
 
 
 def real_loop(bench: Bench, config: RunConfig, variant: str, ranks: int, rollouts: int) -> Outcome:
-    role = RoleConfig(actors=ranks, cpus=0.1)
-    if ranks not in bench.learners:
-        bench.learners[ranks] = LearnerGroup(ClusterConfig(learner=role, deadline_s=240))
+    """``rollouts``: number of rollout actors; without one the ranks sample themselves."""
+    role, key = RoleConfig(actors=ranks, cpus=0.1), (ranks, not rollouts)
+    if key not in bench.learners:
+        cluster = ClusterConfig(learner=role, deadline_s=240, colocated=not rollouts, offload=not rollouts)
+        bench.learners[key] = LearnerGroup(cluster) if rollouts else ColocatedGroup(cluster)
+    learner = bench.learners[key]
     bench.rewards = bench.rewards or RewardPool(ClusterConfig(reward=RoleConfig(cpus=0.1)), config.rewards)
     run = Run(config)
     start = starting_point(run, "grpo")
     setup = rollout_setup(run)
-    kind = f"{rollouts} {setup}"
-    if kind not in bench.rollouts:
+    kind, pool = f"{rollouts} {setup}", None
+    if isinstance(learner, ColocatedGroup):
+        pool = ColocatedRollouts(learner, setup)
+    elif kind not in bench.rollouts:
         bench.rollouts[kind] = RolloutPool(ClusterConfig(rollout=RoleConfig(actors=rollouts, cpus=0.1)), setup)
-    pool = bench.rollouts[kind]
+    pool = pool or bench.rollouts[kind]
     groups: dict[tuple[int, int], Any] = {}
 
     def watched(sampled, *rest):
@@ -107,7 +116,7 @@ def real_loop(bench: Bench, config: RunConfig, variant: str, ranks: int, rollout
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline.grpo, "collect", watched)
-            run_grpo(run, bench.learners[ranks], pool, bench.rewards)
+            run_grpo(run, learner, pool, bench.rewards)
     finally:
         run.close()
     model = starting_policy(config.grpo.start, config.grpo.lora, start.seed)
@@ -149,6 +158,10 @@ def assert_equal(real: Outcome, expected: Outcome) -> None:
         ("lag 1", 1, 1, 1),
         ("lag 1", 2, 3, 3),
         ("lag 2", 2, 3, 1),
+        *(("full", ranks, COLOCATED, stage) for ranks in (1, 2) for stage in range(4)),
+        ("lora", 2, COLOCATED, 3),
+        ("updates", 2, COLOCATED, 1),
+        ("credit", 1, COLOCATED, 1),
     ],
 )
 def test_the_real_loop_equals_the_reference_loop(bench, reference, tmp_path, variant, ranks, rollouts, stage):
@@ -205,6 +218,7 @@ def scale_twice(patch: pytest.MonkeyPatch) -> None:
         ("updates", 2, 3, 1),
         ("cps", 2, 1, 1),
         ("lag 1", 2, 3, 1),
+        ("full", 2, COLOCATED, 3),
     ],
 )
 def test_a_broken_loop_does_not(bench, reference, tmp_path, monkeypatch, breakage, variant, ranks, rollouts, stage):

@@ -16,6 +16,19 @@ def test_spares_reserve_as_much_as_those_whose_place_they_take():
         check_placement(list(rows.values()), cpus=10)
 
 
+def test_ranks_that_sample_leave_no_rollout_actor_to_place():
+    config = ClusterConfig.model_validate(
+        {"colocated": True, "learner": {"actors": 2, "gpus": 1}, "rollout": {"actors": 3, "gpus": 1, "spares": 1}}
+    )
+    assert [(row.role, row.actors, row.gpus) for row in placement(config)] == [("learner", 2, 2), ("reward", 1, 0)]
+    assert config.samplers == 2
+
+
+def test_a_device_that_is_not_shared_is_not_cleared():
+    with pytest.raises(ValidationError, match=r"offload clears the device .* set colocated too"):
+        ClusterConfig.model_validate({"offload": True})
+
+
 def test_spare_ranks_are_refused():
     with pytest.raises(ValidationError, match=r"learner.spares: ranks are lost together"):
         ClusterConfig.model_validate({"learner": {"spares": 1}})
