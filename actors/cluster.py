@@ -108,7 +108,7 @@ class PlacementRow:
 def placement(config: ClusterConfig) -> list[PlacementRow]:
     """What the configured roles reserve, role by role."""
     crews = {"reward": config.reward} if config.colocated else {"rollout": config.rollout, "reward": config.reward}
-    asked = [("learner", config.learner, config.learner.actors)]
+    asked = [("learner and sampler" if config.colocated else "learner", config.learner, config.learner.actors)]
     asked += [(name, crew, crew.actors) for name, crew in crews.items()]
     asked += [(f"{name} spare", crew, crew.spares) for name, crew in crews.items() if crew.spares]
     return [PlacementRow(name, count, count * role.cpus, count * role.gpus) for name, role, count in asked]

@@ -61,5 +61,9 @@ def store_needs(config: RunConfig, transformer: Mapping[str, Any], text_tokens: 
     # A step's groups go when the next one's are there; a version stays while a step that it sampled is under way.
     steps = grpo.max_staleness + 1
     return StoreNeeds(
-        max(map(pixels, tasks)), max(map(trajectory, tasks)), trained_bytes, grpo.prompts * steps, steps + 1
+        max(map(pixels, tasks)),
+        max(map(trajectory, tasks)),
+        trained_bytes,
+        groups=grpo.prompts * steps,
+        versions=0 if config.cluster.colocated else steps + 1,
     )

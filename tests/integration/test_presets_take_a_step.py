@@ -26,7 +26,6 @@ SMALLER = [
     *("grpo.sampling.schedule.steps=4", "grpo.sampling.window.size=2"),
     *("evaluate.records=2", "evaluate.batch=2", "evaluate.schedule.steps=2"),
     *("cluster.learner.actors=2", "cluster.learner.cpus=1", "cluster.learner.gpus=0"),
-    *("cluster.rollout.actors=1", "cluster.rollout.cpus=0.5", "cluster.rollout.gpus=0"),
     *("cluster.reward.actors=1", "cluster.reward.cpus=0.5", "cluster.cpus=4", "tracking.wandb=disabled"),
 ]
 

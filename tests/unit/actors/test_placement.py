@@ -20,7 +20,10 @@ def test_ranks_that_sample_leave_no_rollout_actor_to_place():
     config = ClusterConfig.model_validate(
         {"colocated": True, "learner": {"actors": 2, "gpus": 1}, "rollout": {"actors": 3, "gpus": 1, "spares": 1}}
     )
-    assert [(row.role, row.actors, row.gpus) for row in placement(config)] == [("learner", 2, 2), ("reward", 1, 0)]
+    assert [(row.role, row.actors, row.gpus) for row in placement(config)] == [
+        ("learner and sampler", 2, 2),
+        ("reward", 1, 0),
+    ]
     assert config.samplers == 2
 
 

@@ -6,7 +6,7 @@ import torch
 from common.errors import PlacementError
 from pipeline.cli import main
 from pipeline.config import load_config
-from pipeline.plan import check_plan, sft_footprint
+from pipeline.plan import check_plan, grpo_store, sft_footprint
 
 PRESETS = ("gpu_141gb", "node_8x80gb", "cluster_64gpu")
 
@@ -30,11 +30,13 @@ def test_a_preset_has_the_papers_values(name):
     assert (grpo.steps, grpo.group, grpo.sampling.schedule.steps, grpo.sampling.schedule.shift) == (150, 8, 20, 3.0)
     assert (grpo.kernel.name, grpo.kernel.eta, grpo.objective.clip_range) == ("dance", 0.3, 1e-4)
     assert grpo.lora == sft.lora
+    assert config.cluster.colocated
+    assert grpo_store(config).versions == 0
 
 
 def test_the_plan_counts_the_real_width_and_zero_3_shares_it():
     one, shared = load_config("gpu_141gb"), load_config("node_8x80gb")
     found = sft_footprint(one)
     assert found.base_bytes / 2 == pytest.approx(20.43e9, rel=0.005)  # in bfloat16
-    assert found.per_rank(0, 1) > found.per_rank(3, 4)
+    assert found.per_rank(0, 1) > found.per_rank(3, 8)
     assert sft_footprint(shared) == found

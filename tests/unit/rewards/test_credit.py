@@ -199,6 +199,7 @@ JUDGED = {
     "composition": [name for name, task in sorted(TASKS.items()) if "image" in task.inputs],
     "boundary": [name for name, task in sorted(TASKS.items()) if "foreground" in task.targets],
     "alpha_mad": [name for name, task in sorted(TASKS.items()) if "foreground" in task.targets],
+    "alpha_overlap": [name for name, task in sorted(TASKS.items()) if "foreground" in task.targets],
     "recomposition": ["layer_decomposition"],
 }
 

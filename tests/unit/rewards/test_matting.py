@@ -14,7 +14,7 @@ from rewards.combine import RewardConfig, TermConfig, active_terms
 from rewards.matting import connectedness, connectivity_error, gradient_error, gradient_magnitude
 
 SIZE = 24
-NAMES = ("alpha_mad", "alpha_gradient", "alpha_connectivity", "alpha_sharpness", "fringe")
+NAMES = ("alpha_mad", "alpha_overlap", "alpha_gradient", "alpha_connectivity", "alpha_sharpness", "fringe")
 
 
 def disc(radius: float, soft: float = 2.0, centre: float = SIZE / 2) -> np.ndarray:
@@ -133,6 +133,16 @@ def test_a_disconnected_island_costs_connectivity_more_than_the_same_alpha_besid
     rim[tuple(closest.T)] = 0.14  # within the tolerance of what is connected
     far, near = values("alpha_connectivity", batch([layer(island), layer(rim)], layer(truth)))
     assert far < near == pytest.approx(1.0)
+
+
+def test_the_overlap_is_the_soft_dice_and_showing_nothing_is_no_better_than_another_object():
+    truth, nothing, other = disc(4, centre=6), np.zeros((SIZE, SIZE)), disc(4, centre=18)
+    half = np.where(np.arange(SIZE) < 6, truth, 0)
+    shown = batch([layer(half), layer(nothing), layer(other)], layer(truth))
+    dice = 2 * np.minimum(half, truth).sum() / (half.sum() + truth.sum())
+    np.testing.assert_allclose(values("alpha_overlap", shown), [dice, 0.0, 0.0], atol=1e-6)
+    _, left_out, wrong = values("alpha_mad", shown)  # which errs less by not trying
+    assert left_out > wrong
 
 
 def test_a_halo_of_background_colour_lowers_the_fringe_score_only():
