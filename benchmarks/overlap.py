@@ -34,11 +34,10 @@ from unittest import mock
 
 import ray
 
-import actors.learner
 import actors.reward
 import actors.rollout
 from actors.cluster import ClusterConfig, RoleConfig, connected
-from actors.learner import LearnerGroup
+from actors.learner import LearnerGroup, LearnerRank
 from actors.reward import RewardPool
 from actors.rollout import RolloutPool
 from common.events import read_events
@@ -102,7 +101,7 @@ class Bench:
         with (
             mock.patch.object(actors.rollout, "RolloutActor", drawn_out(actors.rollout.RolloutActor, "sample")),
             mock.patch.object(actors.reward, "RewardActor", drawn_out(actors.reward.RewardActor, "score")),
-            mock.patch.object(actors.learner, "LearnerRank", drawn_out(actors.learner.LearnerRank, "train")),
+            mock.patch.object(LearnerGroup, "kind", drawn_out(LearnerRank, "train")),
             contextlib.closing(Run(self._config(0, "setup"))) as run,
         ):
             self._learner = LearnerGroup(CLUSTER)
