@@ -48,6 +48,9 @@ class ClusterConfig(StrictConfig):
     """Learner ranks."""
     rollout: RoleConfig = RoleConfig()
     """Rollout actors."""
+    rollout_most: int | None = Field(None, ge=1)
+    """Rollout actors up to this number while the cluster has room: those beyond ``rollout.actors`` join and leave with
+    nodes, nobody waits for them, and they go when anybody is lost, whose place they may have taken. None: no more."""
     colocated: bool = False
     """The learner ranks sample as well, with the very weights that they train: one copy of the policy on each, none on
     its way. There are no rollout actors then, whatever ``rollout`` says, and sampling and training take turns."""
@@ -81,10 +84,14 @@ class ClusterConfig(StrictConfig):
             raise ValueError("offload clears the device that sampling and training share: set colocated too")
         return self
 
-    @property
-    def samplers(self) -> int:
-        """Number of actors that sample."""
-        return self.learner.actors if self.colocated else self.rollout.actors
+    @model_validator(mode="after")
+    def _guests_come_on_top(self) -> Self:
+        if self.rollout_most is not None and (self.colocated or self.rollout_most < self.rollout.actors):
+            raise ValueError(
+                f"rollout_most {self.rollout_most} is for rollout actors beyond rollout.actors "
+                f"({self.rollout.actors}), and a colocated run has none; raise it or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ranks_have_no_spares(self) -> Self:

@@ -175,6 +175,11 @@ class ColocatedRollouts:
         self._learner, self._setup = learner, ray.put(setup)
         self._weights: Weights | None = None
 
+    @property
+    def samplers(self) -> int:
+        """As :attr:`actors.rollout.Rollouts.samplers`."""
+        return self._learner.world
+
     def publish(self, version: int, name: str, index: Any, buffer: Any) -> Weights:
         """Counts versions; the ranks have the weights."""
         self._weights = Weights(version, name, index, buffer)

@@ -21,7 +21,7 @@ from actors.health import Health, State
 from actors.processes import admit, enter
 from actors.room import room
 from actors.waiting import LOOK_UP_EVERY_S, LOST, Wait, expected, lost_because
-from common.errors import ActorError
+from common.errors import ActorError, ClusterError
 
 log = logging.getLogger("omnialpha")
 
@@ -70,6 +70,7 @@ class Crew:
         deadline_s: float,
         notify: Notify = unheard,
         spares: int = 0,
+        guests: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Starts the actors; :meth:`begin` waits for them.
@@ -82,13 +83,14 @@ class Crew:
             deadline_s: longest time without an answer from the role.
             notify: hears of losses and replacements.
             spares: how many more are started and given no work until one of the others is lost.
+            guests: how many more are asked for and work while the cluster has room for them; nobody waits for them.
             clock: of the health.
         """
         self._role, self._make, self._deadline = role, make, deadline_s
         self._notify = notify
         self._lock = threading.RLock()
         self.count, self._clock = count, clock
-        self._health = Health(role, count, replacements, clock, spares=spares)
+        self._health = Health(role, count, replacements, clock, spares=spares, guests=guests)
         self._next = 0
         self._answered_at = 0.0
         self._lost_at: dict[int, float] = {}
@@ -96,8 +98,8 @@ class Crew:
         self._refilled_since: dict[int, float] = {}
         self._looks: dict[Any, int] = {}
         self._looked_at: dict[int, float] = {}
-        self.actors = [make() for _ in range(count + spares)]
-        self._starting = {number: enter(actor, self._name(number)) for number, actor in enumerate(self.actors)}
+        self.actors = [make() for _ in range(count + spares)] + [None] * guests
+        self._starting = {number: enter(actor, self._name(number)) for number, actor in enumerate(self.actors) if actor}
 
     def begin(self) -> None:
         """Waits until all are there.
@@ -108,8 +110,8 @@ class Crew:
             DeadlineError: they were not there in time.
         """
         what = f"{self._role} actors to start"
-        wait = Wait(what, len(self.actors), self._deadline)
-        while missing := self._health.having(State.STARTING, State.LOST):
+        wait = Wait(what, len(self._starting), self._deadline)
+        while missing := set(self._health.having(State.STARTING, State.LOST)) - set(self._health.guests):
             self._ready(what, [], wait, len(missing))
 
     def ask(self, call: Callable[[Any], Any], number: int | None = None) -> Work:
@@ -129,6 +131,18 @@ class Crew:
     def serving(self) -> list[int]:
         """Numbers of the actors that are given work."""
         return self._health.having(State.SERVING)
+
+    def invite_guests(self) -> None:
+        """Called when every actor of the run has its place: guests must not take one that somebody needs."""
+        with self._lock:
+            self._health.invite()
+
+    def send_guests_away(self) -> None:
+        """Ends the guests, whose work is given out again: somebody who is needed has no place otherwise."""
+        with self._lock:
+            for number in self._health.guests:
+                if self._health.state(number) is not State.LOST:
+                    self._leave(number)
 
     def wait(self, works: Sequence[Work], what: str) -> list[Any]:
         """First values of all ``works``, in order; raises as :meth:`as_done`."""
@@ -163,7 +177,8 @@ class Crew:
             starting = {ref: number for number, ref in self._starting.items()}
             looks = dict(self._looks)
             asked = {work.refs[0]: work for work in pending if work.refs}
-            pause = min(left, 0.1 if self._health.having(State.LOST) else LOOK_UP_EVERY_S)
+            away = set(self._health.having(State.LOST)) - set(self._health.guests)
+            pause = min(left, 0.1 if away else LOOK_UP_EVERY_S)
             deserted = not self.serving
         if deserted:
             room.look()
@@ -208,6 +223,8 @@ class Crew:
     def _start_again(self) -> None:
         """Starts replacements that are due."""
         for number in self._health.due():
+            if number not in self._health.guests:
+                room.make()
             self._health.restarting(number)
             self.actors[number] = self._make()
             self._starting[number] = enter(self.actors[number], self._name(number))
@@ -224,6 +241,9 @@ class Crew:
         if self._starting.get(number) is not ref:
             return
         del self._starting[number]
+        if number in self._health.guests:
+            self._join(number, said)
+            return
         admit(said)
         self._health.started(number)
         if number in self._lost_at:
@@ -233,6 +253,28 @@ class Crew:
         if number in self._refilled_since:
             seconds = self._clock() - self._refilled_since.pop(number)
             self._notify("spare_started", role=self._role, actor=number, seconds=round(seconds, 3))
+
+    def _join(self, number: int, said: dict[str, Any]) -> None:
+        try:
+            admit(said)
+        except ClusterError as error:  # a node that joins days later does not end the run
+            log.warning("%s; its %s actor does not join", error, self._role)
+            self._leave(number)
+            return
+        self._health.started(number)
+        log.info("%s actor %d has joined: %d work", self._role, number, len(self.serving))
+        self._notify("actor_joined", role=self._role, actor=number)
+
+    def _leave(self, number: int) -> None:
+        """A guest goes, whether it was sent away or lost."""
+        worked = self._health.state(number) is State.SERVING
+        self._starting.pop(number, None)
+        with contextlib.suppress(RayError):
+            ray.kill(self.actors[number], no_restart=True)
+        self._health.lost(number, "")
+        if worked:
+            log.info("%s actor %d has left: %d work", self._role, number, len(self.serving))
+            self._notify("actor_left", role=self._role, actor=number)
 
     def _look_at_spares(self) -> None:
         """Asks spares whether they are still there, where that is due: nobody else would notice their loss."""
@@ -275,6 +317,9 @@ class Crew:
         if self._health.state(number) is State.LOST:
             return
         log.debug("%s actor %d: %s", self._role, number, error)
+        if number in self._health.guests:
+            self._leave(number)
+            return
         self._starting.pop(number, None)
         with contextlib.suppress(RayError):  # whatever Ray believes of it, it must not work beside its replacement
             ray.kill(self.actors[number], no_restart=True)

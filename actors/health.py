@@ -7,14 +7,19 @@ passed in, and whoever starts, asks and kills actors lives in :mod:`actors.crew`
        └──restarting── LOST
 
 A spare is as good as any other: it takes the place of one that is lost at once, and who is started for that one becomes
-the next spare. Weights are not health's business: every call that needs some names them, and an actor loads them before
+the next spare. A guest serves while the cluster has room for it and is nobody's loss: it may come again after a while.
+Weights are not health's business: every call that needs some names them, and an actor loads them before
 it works.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum
 
 LONGEST_PAUSE_S = 30.0
+
+GUEST_PAUSE_S = 30.0
+"""Before a guest that has gone is asked in again: whoever needs its room may take it."""
 
 
 class State(Enum):
@@ -30,7 +35,7 @@ class Health:
     """The actors of one role, by number."""
 
     def __init__(
-        self, role: str, count: int, replacements: int, clock: Callable[[], float], *, spares: int = 0
+        self, role: str, count: int, replacements: int, clock: Callable[[], float], *, spares: int = 0, guests: int = 0
     ) -> None:
         """
         Args:
@@ -40,13 +45,21 @@ class Health:
                 is counted by itself: a node may be lost with many of them at once.
             clock: seconds that never go back.
             spares: how many there are beside those that serve.
+            guests: how many more serve while there is room for them; they have the last numbers.
         """
         self._role, self._allowed, self._clock = role, replacements, clock
-        self._places = count
-        self._states = [State.STARTING] * (count + spares)
-        self._due = [0.0] * (count + spares)
+        self._places, every = count, count + spares + guests
+        self.guests = range(count + spares, every)
+        self._states = [State.STARTING] * (count + spares) + [State.LOST] * guests
+        self._due = [0.0] * (count + spares) + [math.inf] * guests  # until they are invited
         self._causes: list[str] = []
-        self._in_a_row = [0] * (count + spares)
+        self._in_a_row = [0] * every
+
+    def invite(self) -> None:
+        """From now on guests may come: all others have their places."""
+        for number in self.guests:
+            if math.isinf(self._due[number]):
+                self._due[number] = self._clock()
 
     def state(self, number: int) -> State:
         """State of one actor."""
@@ -58,8 +71,9 @@ class Health:
 
     def started(self, number: int) -> None:
         """The process is there: it serves, or waits for a place."""
-        free = len(self.having(State.SERVING)) < self._places
-        self._move(number, (State.STARTING,), State.SERVING if free else State.SPARE)
+        taken = len(set(self.having(State.SERVING)) - set(self.guests))
+        serves = number in self.guests or taken < self._places
+        self._move(number, (State.STARTING,), State.SERVING if serves else State.SPARE)
 
     def answered(self) -> None:
         """One of the actors did its work: losses are counted anew."""
@@ -74,6 +88,9 @@ class Health:
         """
         served = self._states[number] is State.SERVING
         self._move(number, (State.STARTING, State.SERVING, State.SPARE), State.LOST)
+        if number in self.guests:
+            self._due[number] = self._clock() + GUEST_PAUSE_S
+            return None
         self._causes.append(cause)
         self._in_a_row[number] += 1
         pause = 0.0 if self._in_a_row[number] == 1 else min(2.0 ** (self._in_a_row[number] - 2), LONGEST_PAUSE_S)

@@ -22,6 +22,7 @@ import actors.scorer
 from actors.cluster import PlacementRow
 from actors.packages import folders_in_place, packed
 from actors.processes import admit, enter
+from actors.room import room
 from actors.scorer import ScorerActor
 from actors.waiting import expected, wait_futures
 from common.errors import ActorError, ClusterError, ConfigError, DeadlineError, OmniAlphaError, RewardError
@@ -159,6 +160,7 @@ class TermScorers:
             self._give_up(reason)
 
     async def _replace(self) -> None:
+        room.make()
         try:
             self._free.put_nowait(await self._start())
         except OmniAlphaError as error:

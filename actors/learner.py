@@ -300,6 +300,7 @@ class LearnerGroup:
             LearnerError: one of them was lost before they had met, or did not come in time.
         """
         self.close()
+        room.make()
         # The old processes must be gone: they hold the rendezvous port and the memory that the new ones need.
         pending = [rank.__ray_ready__.remote() for rank in self._ranks]
         ray.wait(pending, num_returns=len(pending), timeout=30.0)

@@ -23,6 +23,7 @@ from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.crew import Crew, Notify, Work, unheard
 from actors.devices import own_device
+from actors.room import room
 from common.errors import ActorError
 from common.role_logs import recorded
 from data.records import RecordDataset
@@ -237,6 +238,11 @@ class Group:
 class Rollouts(Protocol):
     """Whoever samples: rollout actors (:class:`RolloutPool`), or the learner ranks (:mod:`actors.colocated`)."""
 
+    @property
+    def samplers(self) -> int:
+        """How many of them there are now."""
+        ...
+
     def publish(self, version: int, name: str, index: Any, buffer: Any) -> Weights:
         """Weights for whatever is asked for from now on, unless it names older ones."""
         ...
@@ -273,8 +279,15 @@ class RolloutPool:
             deadline_s=config.deadline_s,
             notify=notify,
             spares=role.spares,
+            guests=max(0, (config.rollout_most or 0) - role.actors),
         )
+        room.welcome(self.crew.send_guests_away)
         self.crew.begin()
+
+    @property
+    def samplers(self) -> int:
+        """As :attr:`Rollouts.samplers`."""
+        return len(self.crew.serving) or self.crew.count
 
     def publish(self, version: int, name: str, index: Any, buffer: Any) -> Weights:
         """Weights for whatever is asked for from now on, unless it names older ones. The actors load them when they
@@ -285,8 +298,9 @@ class RolloutPool:
     def sample(self, requests: Sequence[GroupRequest], costs: Sequence[float], weights: Weights) -> Iterator[Group]:
         """Submits groups, shared among the actors by their relative costs, and returns at once; the groups come one by
         one as they exist, in any order."""
+        self.crew.invite_guests()
         asked = {}
-        for number, share in enumerate(balance(costs, self.crew.count)):
+        for number, share in enumerate(balance(costs, self.samplers)):
             for place in share:
                 request = requests[place]
                 asked[self.crew.ask(functools.partial(_sample, request, weights), number)] = request

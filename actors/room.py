@@ -28,6 +28,7 @@ class Room:
         self._short_since: float | None = None
         self._said_at = self._looked_at = 0.0
         self._lock = threading.Lock()
+        self._guests: list[Callable[[], None]] = []
 
     @contextmanager
     def kept(self, rows: Sequence[PlacementRow], wait_s: float) -> Iterator[None]:
@@ -36,7 +37,17 @@ class Room:
         try:
             yield
         finally:
-            self._rows = ()
+            self._rows, self._guests = (), []
+
+    def welcome(self, send_away: Callable[[], None]) -> None:
+        """Takes in how to be rid of actors that work only where nobody else needs their room."""
+        self._guests.append(send_away)
+
+    def make(self) -> None:
+        """Called by whoever starts an actor in place of one that was lost, for which guests go at once: on a cluster
+        that has become smaller it would wait for their room."""
+        for send_away in self._guests:
+            send_away()
 
     def look(self) -> None:
         """Called again and again by whoever waits for actors to be placed; asks the cluster once a second at most.

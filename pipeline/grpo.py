@@ -74,7 +74,7 @@ def run_grpo(
             record |= {f"judge/{name}": count for name, count in judged().items()}
             empty = 0 if batch.items else empty + 1
             account(run, step + 1, batch, weights.version)
-            report(run, step + 1, record, batch, sampled - began, time.monotonic() - sampled)
+            report(run, step + 1, record, batch, sampled - began, time.monotonic() - sampled, rollouts.samplers)
             if empty >= stage.max_empty_steps:
                 raise RewardError(
                     f"no trainable group in {empty} consecutive steps ({dict(Counter(batch.dropped.values()))}); "
@@ -287,17 +287,23 @@ def account(run: Run, step: int, batch: TrainingBatch, sampled_by: int) -> None:
 
 
 def report(
-    run: Run, step: int, record: dict[str, float], batch: TrainingBatch, sample_s: float, train_s: float
+    run: Run,
+    step: int,
+    record: dict[str, float],
+    batch: TrainingBatch,
+    sample_s: float,
+    train_s: float,
+    samplers: int,
 ) -> None:
     """One line, one event and one wandb row per step.
 
     ``sample_s`` are the seconds that the loop waited for the step's groups. ``idle_learner`` is their share of the
-    step, ``idle_rollout`` the share in which the average rollout actor did not sample.
+    step, ``idle_rollout`` the share in which the average one of the ``samplers`` did not sample.
     """
     dropped = Counter(batch.dropped.values())
     seconds = max(sample_s + train_s, 1e-9)
     idle_learner = sample_s / seconds
-    idle_rollout = max(0.0, 1 - batch.sampling_s / run.config.cluster.samplers / seconds)
+    idle_rollout = max(0.0, 1 - batch.sampling_s / samplers / seconds)
     values: dict[str, Any] = (
         record
         | batch.rewards

@@ -20,6 +20,7 @@ from actors.crew import Crew
 from actors.learner import LearnerGroup
 from actors.processes import roster
 from actors.reward import RewardPool
+from actors.rollout import RolloutPool
 from actors.shared_storage import SharedStorage
 from common.errors import ClusterError, PlacementError
 from common.events import group_balance, read_events
@@ -294,3 +295,48 @@ def test_learner_ranks_on_a_lost_node_are_built_anew_elsewhere_from_the_last_com
     assert {e["role"] for e in events if e["event"] in ("actor_lost", "actor_replaced")} == {"learner"}
     balance = group_balance(events)
     assert balance["launched"] == balance["trained"] + balance["dropped:rolled back"] == (STEPS + 2) * PROMPTS
+
+
+# Rollout actors that come and go --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["its node is lost", "somebody else is lost"])
+def test_a_rollout_actor_joins_with_a_node_and_leaves_without_changing_anything_in_the_outcome(
+    cluster, config, monkeypatch, end
+):
+    grown, train, sample = cluster(4), LearnerGroup.train, RolloutPool.sample
+    own = [*roles(learner=1, rollout=2, reward=1), "grpo.steps=6"]
+    quiet, calm = trained(config(grown, *own, name="quiet"))
+    pools = list[RolloutPool]()
+
+    def sample_and_see(self, *rest):
+        pools[:] = [self]
+        return sample(self, *rest)
+
+    def train_and_change(self, step, *rest):
+        crew = pools[0].crew
+        if step == 1:
+            assert crew.serving == [0], "there is no room for a second one"
+            grown.add_node(**node(2))
+            ray.get(crew.actors[1].__ray_ready__.remote(), timeout=120)
+        if step == 4:
+            assert crew.serving == [0, 1]
+            if end == "its node is lost":
+                assert remove_node_of("rollout-1", grown) == ["rollout-1"]
+            else:
+                ray.kill(crew.actors[0], no_restart=True)
+        return train(self, step, *rest)
+
+    monkeypatch.setattr(RolloutPool, "sample", sample_and_see)
+    monkeypatch.setattr(LearnerGroup, "train", train_and_change)
+    weights, events = trained(config(grown, *own, "cluster.rollout_most=2"))
+    assert all(torch.equal(weights[name], quiet[name]) for name in quiet)
+    assert steps(events) == steps(calm)
+    assert group_balance(events) == group_balance(calm)
+    told = [(e["event"], e["actor"]) for e in events if e["event"].startswith("actor_")]
+    assert told[:1] == [("actor_joined", 1)]
+    assert ("actor_left", 1) in told
+    lost = [] if end == "its node is lost" else [("actor_lost", 0), ("actor_replaced", 0)]
+    assert [entry for entry in told if entry[0] in ("actor_lost", "actor_replaced")] == lost
+    log = (config(grown, *own).folder / "logs" / "rollout-1.log").read_text()
+    assert "sample took" in log

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from actors.health import LONGEST_PAUSE_S, Health, State
+from actors.health import GUEST_PAUSE_S, LONGEST_PAUSE_S, Health, State
 
 
 class Clock:
@@ -132,6 +132,28 @@ def test_a_lost_spare_and_one_that_was_only_starting_are_replaced_by_nobody(cloc
     assert health.lost(3, "killed again") is None
     assert health.having(State.SERVING) == [0, 1]
     assert health.having(State.SPARE) == [2]
+
+
+def test_guests_come_when_they_are_invited_take_nobodys_place_and_are_nobodys_loss(clock):
+    health = Health("rollout", 2, 0, clock, spares=1, guests=2)
+    assert health.due() == []
+    health.invite()
+    assert health.due() == [3, 4]
+    for number in (3, 4):
+        health.restarting(number)
+        health.started(number)
+    for number in (0, 1, 2):
+        health.started(number)
+    assert health.having(State.SERVING) == [0, 1, 3, 4]
+    assert health.having(State.SPARE) == [2]
+    assert health.lost(4, "its node is gone") is None
+    assert health.given_up is None
+    assert health.having(State.SPARE) == [2]
+    health.invite()
+    clock.now += GUEST_PAUSE_S - 1
+    assert health.due() == [], "whoever needs its room may take it first"
+    clock.now += 1
+    assert health.due() == [4]
 
 
 def test_without_a_spare_left_a_place_stays_empty_until_somebody_is_started(clock):

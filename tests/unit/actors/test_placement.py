@@ -24,12 +24,18 @@ def test_ranks_that_sample_leave_no_rollout_actor_to_place():
         ("learner and sampler", 2, 2),
         ("reward", 1, 0),
     ]
-    assert config.samplers == 2
 
 
 def test_a_device_that_is_not_shared_is_not_cleared():
     with pytest.raises(ValidationError, match=r"offload clears the device .* set colocated too"):
         ClusterConfig.model_validate({"offload": True})
+
+
+@pytest.mark.parametrize("settings", [{"rollout": {"actors": 3}}, {"colocated": True}])
+def test_guests_come_on_top_of_rollout_actors(settings):
+    assert [row.actors for row in placement(ClusterConfig(rollout_most=9))] == [1, 1, 1], "nothing is reserved for them"
+    with pytest.raises(ValidationError, match="rollout_most 2 is for rollout actors beyond"):
+        ClusterConfig.model_validate({"rollout_most": 2} | settings)
 
 
 def test_spare_ranks_are_refused():

@@ -213,7 +213,7 @@ def test_the_event_of_a_step_holds_its_record_means_and_spreads_whatever_the_obj
         reasons=Counter({"layer: too dark": 2}),
         sampling_s=1.2,
     )
-    report(run, 3, record, batch, 1.0, 2.0)
+    report(run, 3, record, batch, 1.0, 2.0, 2)
     run.close()
     [event] = [event for event in read_events(tmp_path / "events.jsonl") if event["event"] == "step"]
     expected = record | batch.rewards | {
