@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from actors.cluster import PlacementRow
 from actors.judge_server import JudgeServer, JudgeServerConfig
 from actors.processes import admit, enter
+from actors.room import room
 from actors.waiting import expected, wait_all
 from common.config import StrictConfig
 from common.errors import ConfigError
@@ -236,8 +237,12 @@ class JudgePool:
         else:
             pages = []
             for ref in [actor.metrics.remote() for actor in self._actors]:
-                with contextlib.suppress(RayError, GetTimeoutError):
+                try:
                     pages.append(ray.get(ref, timeout=ASK_ACTOR_S))
+                except RayActorError:  # Ray starts it again where there is room
+                    room.make()
+                except (RayError, GetTimeoutError):
+                    continue
         names = {name for page in pages for name in page}
         return {name: sum(page.get(name, 0.0) for page in pages) for name in sorted(names)}
 
