@@ -25,6 +25,8 @@ from actors.rollout import Group, RolloutActor, RolloutSetup, Weights, in_order
 from actors.waiting import LOOK_UP_EVERY_S, Wait, expected
 from common.errors import ActorError, DeadlineError, LearnerError
 from common.role_logs import recorded
+from policy.adapters import base_dtype
+from policy.folder import load_transformer
 from policy.group import GroupMeta, GroupPixels, GroupRequest, GroupTrajectory
 from policy.schedule import ScheduleConfig
 
@@ -71,11 +73,11 @@ class ColocatedRank(LearnerRank):
 
     def load_folder(self, setup: RolloutSetup, model: Path) -> str:
         """From now on samples with the transformer of a policy folder. What was trained makes way for it."""
-        if self._engine is not None:
-            self._engine.engine.destroy()
-        self._engine = self._program = None
+        self._let_go()
         if self._sampler is None:
-            self._sampler = RolloutActor(setup, *self._size)
+            transformer = load_transformer(model, base_dtype(setup.start.lora))
+            self._sampler = RolloutActor(setup, *self._size, transformer)
+            return self._sampler.take(transformer)
         self._sampler.move(self._device)
         return self._sampler.load_folder(model)
 
@@ -147,7 +149,7 @@ class ColocatedGroup(LearnerGroup):
         wanted = set(refs)
         try:
             while pending:
-                left = min(wait.left(len(pending), heard), LOOK_UP_EVERY_S)
+                left = min(wait.left(len(wanted.intersection(pending)), heard), LOOK_UP_EVERY_S)
                 ready, pending = ray.wait(pending, num_returns=1, timeout=left)
                 for ref in ready:
                     ray.get(ref)

@@ -21,12 +21,13 @@ from actors.health import Health, State
 from actors.processes import admit, enter
 from actors.room import room
 from actors.waiting import LOOK_UP_EVERY_S, LOST, Wait, expected, lost_because
-from common.errors import ActorError, ClusterError
+from common.errors import ActorError, ClusterError, OmniAlphaError
 
 log = logging.getLogger("omnialpha")
 
 Notify = Callable[..., None]
-"""Hears ``actor_lost``, ``actor_replaced`` and ``spare_started`` with their facts, like an event log's ``write``."""
+"""Hears ``actor_lost``, ``actor_replaced``, ``spare_started``, ``actor_joined`` and ``actor_left`` with their facts,
+like an event log's ``write``."""
 
 LOOK_AT_SPARES_EVERY_S = 5.0
 """How often a spare, which nobody gives work, is asked whether it is still there."""
@@ -81,7 +82,7 @@ class Crew:
             count: how many are to work.
             replacements: as in :class:`actors.health.Health`.
             deadline_s: longest time without an answer from the role.
-            notify: hears of losses and replacements.
+            notify: hears who is lost, replaced, joins or leaves.
             spares: how many more are started and given no work until one of the others is lost.
             guests: how many more are asked for and work while the cluster has room for them; nobody waits for them.
             clock: of the health.
@@ -97,6 +98,7 @@ class Crew:
         self._taken_over: dict[int, tuple[float, int]] = {}  # lost → since when, and which spare has its place
         self._refilled_since: dict[int, float] = {}
         self._looks: dict[Any, int] = {}
+        self._refused: set[int] = set()
         self._looked_at: dict[int, float] = {}
         self.actors = [make() for _ in range(count + spares)] + [None] * guests
         self._starting = {number: enter(actor, self._name(number)) for number, actor in enumerate(self.actors) if actor}
@@ -133,7 +135,8 @@ class Crew:
         return self._health.having(State.SERVING)
 
     def invite_guests(self) -> None:
-        """Called when every actor of the run has its place: guests must not take one that somebody needs."""
+        """Called again and again from when every actor of the run has had its place: guests must not take one that
+        somebody needs."""
         with self._lock:
             self._health.invite()
 
@@ -204,7 +207,12 @@ class Crew:
                         for number in [k for k, actor in enumerate(self.actors) if actor is gone]:
                             self._lose(number, error, what)
             except RayError as error:
-                raise expected(error, what) from None
+                with self._lock:
+                    guest = starting.get(ref) in self._health.guests
+                    if guest:
+                        self._turn_away(starting[ref], ref, expected(error, what))
+                if not guest:
+                    raise expected(error, what) from None
             else:
                 with self._lock:
                     if ref in starting:
@@ -224,7 +232,9 @@ class Crew:
         """Starts replacements that are due."""
         for number in self._health.due():
             if number not in self._health.guests:
-                room.make()
+                room.make(self._name(number))
+            elif room.short:
+                continue
             self._health.restarting(number)
             self.actors[number] = self._make()
             self._starting[number] = enter(self.actors[number], self._name(number))
@@ -246,6 +256,7 @@ class Crew:
             return
         admit(said)
         self._health.started(number)
+        room.placed(self._name(number))
         if number in self._lost_at:
             seconds = self._clock() - self._lost_at.pop(number)
             log.info("%s actor %d was replaced in %.1f s", self._role, number, seconds)
@@ -258,20 +269,31 @@ class Crew:
         try:
             admit(said)
         except ClusterError as error:  # a node that joins days later does not end the run
-            log.warning("%s; its %s actor does not join", error, self._role)
-            self._leave(number)
+            self._refuse(number, error)
             return
         self._health.started(number)
         log.info("%s actor %d has joined: %d work", self._role, number, len(self.serving))
         self._notify("actor_joined", role=self._role, actor=number)
 
-    def _leave(self, number: int) -> None:
-        """A guest goes, whether it was sent away or lost."""
+    def _turn_away(self, number: int, ref: Any, error: OmniAlphaError) -> None:
+        """A guest did not come to be, which several threads may have waited for."""
+        if self._starting.get(number) is ref:
+            self._refuse(number, error)
+
+    def _refuse(self, number: int, error: OmniAlphaError) -> None:
+        """A guest cannot work. It is tried again later, for its node may be mended; that is said once."""
+        if number not in self._refused:
+            log.warning("%s; %s actor %d does not join", error, self._role, number)
+        self._refused.add(number)
+        self._leave(number, "it cannot work")
+
+    def _leave(self, number: int, cause: str = "") -> None:
+        """A guest goes, whether it was sent away, lost or refused."""
         worked = self._health.state(number) is State.SERVING
         self._starting.pop(number, None)
         with contextlib.suppress(RayError):
             ray.kill(self.actors[number], no_restart=True)
-        self._health.lost(number, "")
+        self._health.lost(number, cause)
         if worked:
             log.info("%s actor %d has left: %d work", self._role, number, len(self.serving))
             self._notify("actor_left", role=self._role, actor=number)
@@ -318,7 +340,10 @@ class Crew:
             return
         log.debug("%s actor %d: %s", self._role, number, error)
         if number in self._health.guests:
-            self._leave(number)
+            if getattr(error, "actor_init_failed", False):
+                self._refuse(number, expected(error, what))
+            else:
+                self._leave(number)
             return
         self._starting.pop(number, None)
         with contextlib.suppress(RayError):  # whatever Ray believes of it, it must not work beside its replacement

@@ -4,6 +4,8 @@ Ray shows an actor the GPUs that it reserved and no others (``CUDA_VISIBLE_DEVIC
 number 0.
 """
 
+import gc
+
 import ray
 import torch
 
@@ -30,3 +32,10 @@ def own_device(gpus: float) -> torch.device:
             "what torch sees), or set cluster.*.gpus to 0"
         )
     return torch.device("cuda", 0)
+
+
+def release(device: torch.device) -> None:
+    """Gives a GPU's memory that no tensor of this process holds any more back to it."""
+    if device.type == "cuda":
+        gc.collect()  # engines refer to themselves
+        torch.cuda.empty_cache()

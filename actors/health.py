@@ -20,6 +20,8 @@ LONGEST_PAUSE_S = 30.0
 
 GUEST_PAUSE_S = 30.0
 """Before a guest that has gone is asked in again: whoever needs its room may take it."""
+LONGEST_GUEST_PAUSE_S = 960.0
+"""Before one is asked in again that could not work each time: every try takes a process."""
 
 
 class State(Enum):
@@ -74,14 +76,20 @@ class Health:
         taken = len(set(self.having(State.SERVING)) - set(self.guests))
         serves = number in self.guests or taken < self._places
         self._move(number, (State.STARTING,), State.SERVING if serves else State.SPARE)
+        if number in self.guests:
+            self._in_a_row[number] = 0
 
     def answered(self) -> None:
         """One of the actors did its work: losses are counted anew."""
         self._causes.clear()
-        self._in_a_row = [0] * len(self._states)
+        self._in_a_row[: self.guests.start] = [0] * self.guests.start
 
     def lost(self, number: int, cause: str) -> int | None:
         """An actor is gone. The first time in a row it is replaced at once, later after a pause that doubles.
+
+        Args:
+            number: which one.
+            cause: why; of a guest, only where it could not work, and then its pause doubles.
 
         Returns:
             The spare that serves in its place from now on, if there is one.
@@ -89,7 +97,9 @@ class Health:
         served = self._states[number] is State.SERVING
         self._move(number, (State.STARTING, State.SERVING, State.SPARE), State.LOST)
         if number in self.guests:
-            self._due[number] = self._clock() + GUEST_PAUSE_S
+            pause = min(GUEST_PAUSE_S * 2.0 ** self._in_a_row[number], LONGEST_GUEST_PAUSE_S)
+            self._due[number] = self._clock() + pause
+            self._in_a_row[number] += bool(cause)
             return None
         self._causes.append(cause)
         self._in_a_row[number] += 1
@@ -112,7 +122,7 @@ class Health:
     @property
     def given_up(self) -> str | None:
         """Why no actor will be replaced any more, as a person should read it; None while there is hope."""
-        if max(self._in_a_row) <= self._allowed:
+        if max(self._in_a_row[: self.guests.start]) <= self._allowed:
             return None
         what = f"a {self._role} actor was lost"
         if self._allowed:

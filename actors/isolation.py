@@ -160,7 +160,8 @@ class TermScorers:
             self._give_up(reason)
 
     async def _replace(self) -> None:
-        room.make()
+        who = f"scorer {self._term.name} {self._lost}"
+        room.make(who)
         try:
             self._free.put_nowait(await self._start())
         except OmniAlphaError as error:
@@ -170,6 +171,8 @@ class TermScorers:
                 await self._replace()
             else:
                 self._give_up(str(error))
+        finally:
+            room.placed(who)
 
     def _give_up(self, reason: str) -> None:
         self._broken = RewardError(

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 import ray
 from pydantic import Field, field_validator, model_validator
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from actors.cluster import PlacementRow
 from actors.judge_server import JudgeServer, JudgeServerConfig
@@ -31,6 +32,8 @@ log = logging.getLogger("omnialpha")
 
 ASK_ACTOR_S = 10.0
 """Longest wait for what an actor of this module knows by heart."""
+LOOK_AT_ACTORS_EVERY_S = 5.0
+"""How often actors are asked whether they are still there."""
 STOP_S = 30.0
 """Longest wait for a server to end."""
 SHARE = 0.8
@@ -179,6 +182,38 @@ class ServedEndpoints:
         return found
 
 
+class ActorWatch:
+    """Has others make room for actors that Ray starts again: it does not say when it does, and whoever waits for the
+    answers of one does not ask."""
+
+    def __init__(self, actors: dict[str, Any]) -> None:
+        """Looks until :meth:`close`; ``actors`` by the names that the room knows them by."""
+        self._actors, self._over = dict(actors), threading.Event()
+        self._thread = threading.Thread(target=self._look, name="judge actors", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Returns when it looks no more, which must be before the connection to Ray ends."""
+        self._over.set()
+        self._thread.join(timeout=2 * ASK_ACTOR_S)
+        for name in self._actors:
+            room.placed(name)
+
+    def _look(self) -> None:
+        while self._actors and not self._over.wait(LOOK_AT_ACTORS_EVERY_S):
+            asked = {actor.__ray_ready__.remote(): name for name, actor in self._actors.items()}
+            for ref in ray.wait(list(asked), num_returns=len(asked), timeout=ASK_ACTOR_S)[0]:
+                try:
+                    ray.get(ref)
+                except ActorUnavailableError:  # Ray starts it again where there is room
+                    room.make(asked[ref])
+                except RayError:  # it does not come again
+                    room.placed(asked[ref])
+                    del self._actors[asked[ref]]
+                else:
+                    room.placed(asked[ref])
+
+
 class JudgePool:
     """The judge's servers for the length of a run."""
 
@@ -197,6 +232,7 @@ class JudgePool:
         """
         self._config = config
         self._actors: list[Any] = []
+        self._watch: ActorWatch | None = None
         self._endpoints: Endpoints
         try:
             if config.server:
@@ -237,18 +273,16 @@ class JudgePool:
         else:
             pages = []
             for ref in [actor.metrics.remote() for actor in self._actors]:
-                try:
+                with contextlib.suppress(RayError, GetTimeoutError):
                     pages.append(ray.get(ref, timeout=ASK_ACTOR_S))
-                except RayActorError:  # Ray starts it again where there is room
-                    room.make()
-                except (RayError, GetTimeoutError):
-                    continue
         names = {name for page in pages for name in page}
         return {name: sum(page.get(name, 0.0) for page in pages) for name in sorted(names)}
 
     def close(self) -> None:
         """Ends the servers of the run's own, and returns when nothing of them is left. To be called before the
         connection to Ray ends; where it is not, they end with their actors."""
+        if self._watch:
+            self._watch.close()
         stops = [actor.stop.remote() for actor in self._actors]
         ray.wait(stops, num_returns=len(stops), timeout=STOP_S) if stops else None
         for actor in self._actors:
@@ -279,6 +313,7 @@ class JudgePool:
         for said in wait_all(entering, "judge actors to start", deadline):
             admit(said)
         wait_all([actor.ready.remote() for actor in self._actors], "judge servers to be ready", deadline)
+        self._watch = ActorWatch({f"judge-actor-{number}": actor for number, actor in enumerate(self._actors)})
         return ServedEndpoints(tuple(self._actors))
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.balance import balance
 from actors.cluster import ClusterConfig
-from actors.devices import own_device
+from actors.devices import own_device, release
 from actors.engine import Engine, EngineConfig, OptimiserConfig, learning_rate, sum_stats
 from actors.operator_cache import load_operator
 from actors.processes import admit, enter
@@ -142,8 +142,7 @@ class LearnerRank:
 
     def setup(self, build: Callable[[], Program], optimiser: OptimiserConfig, config: EngineConfig) -> int:
         """Builds the program and its engine; returns the number of trained parameters."""
-        if self._engine is not None:
-            self._engine.engine.destroy()
+        self._let_go()
         self._program = build()
         self._program.place(self._device)
         count = sum(p.numel() for p in self._program.module.parameters() if p.requires_grad)
@@ -247,6 +246,13 @@ class LearnerRank:
         """Encodes this rank's share of the training split (between stages: no engine needed)."""
         return encode_records(model, RecordDataset(dataset, "train"), *work, out, self._device)
 
+    def _let_go(self) -> None:
+        """Frees what was set up: it must not be held beside what comes next."""
+        if self._engine is not None:
+            self._engine.engine.destroy()
+        self._engine = self._program = None
+        release(self._device)
+
     def _rl_program(self) -> RlProgram:
         assert isinstance(self._program, RlProgram)
         return self._program
@@ -300,7 +306,7 @@ class LearnerGroup:
             LearnerError: one of them was lost before they had met, or did not come in time.
         """
         self.close()
-        room.make()
+        room.make("learner")
         # The old processes must be gone: they hold the rendezvous port and the memory that the new ones need.
         pending = [rank.__ray_ready__.remote() for rank in self._ranks]
         ray.wait(pending, num_returns=len(pending), timeout=30.0)
@@ -309,6 +315,7 @@ class LearnerGroup:
             self._start()
         except (ActorError, DeadlineError) as error:
             raise LearnerError(self._dead() or str(error)) from None
+        room.placed("learner")
 
     def setup(self, build: Callable[[], Program], optimiser: OptimiserConfig, engine: EngineConfig, steps: int) -> int:
         """Gives every rank a program; returns its number of trained parameters."""

@@ -22,7 +22,7 @@ import torch
 from actors.balance import balance
 from actors.cluster import ClusterConfig
 from actors.crew import Crew, Notify, Work, unheard
-from actors.devices import own_device
+from actors.devices import own_device, release
 from actors.room import room
 from common.errors import ActorError
 from common.role_logs import recorded
@@ -119,7 +119,13 @@ class RolloutActor:
 
     def load_folder(self, model: Path) -> str:
         """Takes the transformer of a policy folder (evaluation) and answers with its digest."""
-        self._model = self._at_rest(load_transformer(model, self._base))
+        self._model, self._held = torch.nn.Module(), ""  # one policy is not held beside the next
+        release(self._device)
+        return self.take(load_transformer(model, self._base))
+
+    def take(self, model: torch.nn.Module) -> str:
+        """Samples with a transformer that nobody trains, and answers with its digest."""
+        self._model = self._at_rest(model)
         self._held, self._version = digest(self._model.state_dict()), -1
         return self._held
 
@@ -267,7 +273,7 @@ class RolloutPool:
     all of their randomness follows from the request, and the request comes with the weights."""
 
     def __init__(self, config: ClusterConfig, setup: RolloutSetup, notify: Notify = unheard) -> None:
-        """``notify`` hears of losses and replacements."""
+        """``notify`` hears who is lost, replaced, joins or leaves."""
         role = config.rollout
         actor = ray.remote(num_cpus=role.cpus, num_gpus=role.gpus)(RolloutActor)
         self._weights: Weights | None = None
@@ -281,7 +287,8 @@ class RolloutPool:
             spares=role.spares,
             guests=max(0, (config.rollout_most or 0) - role.actors),
         )
-        room.welcome(self.crew.send_guests_away)
+        if config.rollout_most:
+            room.welcome(self.crew.send_guests_away)
         self.crew.begin()
 
     @property

@@ -5,8 +5,10 @@ find no place, because a node is gone.
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from ray.autoscaler.sdk import request_resources
 
@@ -28,7 +30,8 @@ class Room:
         self._short_since: float | None = None
         self._said_at = self._looked_at = 0.0
         self._lock = threading.Lock()
-        self._guests: list[Callable[[], None]] = []
+        self._guests: list[weakref.WeakMethod[Any]] = []
+        self._missing: set[str] = set()
 
     @contextmanager
     def kept(self, rows: Sequence[PlacementRow], wait_s: float) -> Iterator[None]:
@@ -37,17 +40,29 @@ class Room:
         try:
             yield
         finally:
-            self._rows, self._guests = (), []
+            self._rows, self._guests, self._missing = (), [], set()
 
     def welcome(self, send_away: Callable[[], None]) -> None:
-        """Takes in how to be rid of actors that work only where nobody else needs their room."""
-        self._guests.append(send_away)
+        """Takes in how to be rid of actors that work only where nobody else needs their room: a method, whose object
+        may go."""
+        self._guests.append(weakref.WeakMethod(send_away))
 
-    def make(self) -> None:
+    def make(self, who: str) -> None:
         """Called by whoever starts an actor in place of one that was lost, for which guests go at once: on a cluster
-        that has become smaller it would wait for their room."""
-        for send_away in self._guests:
-            send_away()
+        that has become smaller it would wait for their room. They stay away until :meth:`placed`."""
+        self._missing.add(who)
+        for guests in self._guests:
+            if send_away := guests():
+                send_away()
+
+    def placed(self, who: str) -> None:
+        """``who`` has room, or needs none any more."""
+        self._missing.discard(who)
+
+    @property
+    def short(self) -> bool:
+        """Whether somebody who was lost has no place yet: no time for guests."""
+        return bool(self._missing)
 
     def look(self) -> None:
         """Called again and again by whoever waits for actors to be placed; asks the cluster once a second at most.

@@ -5,6 +5,7 @@ took, and what it raised. Times are UTC, so that logs of several machines can be
 import functools
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any, TextIO, TypeVar
 from common.commit import storage_errors
 
 calls = logging.getLogger("omnialpha.calls")
+
+_inside = threading.local()
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3})Z ([A-Z]+) (.*)")
 _CALL = re.compile(r"(\w+) took ([\d.]+) s")
@@ -49,16 +52,20 @@ def recorded(actor: Actor) -> Actor:
 
 
 def recording(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method``, each call of which leaves its line under ``name``."""
+    """``method``, each call of which leaves its line under ``name``, unless another recorded one makes it."""
 
     @functools.wraps(method)
     def call(*arguments: Any, **named: Any) -> Any:
-        began = time.perf_counter()
+        if getattr(_inside, "call", False):
+            return method(*arguments, **named)
+        _inside.call, began = True, time.perf_counter()
         try:
             value = method(*arguments, **named)
         except Exception as error:
             calls.error("%s raised %s: %s", name, type(error).__name__, error, exc_info=True)
             raise
+        finally:
+            _inside.call = False
         calls.info("%s took %.3f s", name, time.perf_counter() - began)
         return value
 

@@ -65,6 +65,7 @@ def run_grpo(
         for step in watch.until_stopped(range(start, stage.steps)):
             began = time.monotonic()
             weights, scored = ahead.next()
+            samplers = rollouts.samplers  # who joins while the learner works did not sample
             batch = select(scored, config.rewards, stage.credit)
             sampled = time.monotonic()
             record: dict[str, float] = {"version_lag": step - weights.version}
@@ -74,7 +75,7 @@ def run_grpo(
             record |= {f"judge/{name}": count for name, count in judged().items()}
             empty = 0 if batch.items else empty + 1
             account(run, step + 1, batch, weights.version)
-            report(run, step + 1, record, batch, sampled - began, time.monotonic() - sampled, rollouts.samplers)
+            report(run, step + 1, record, batch, sampled - began, time.monotonic() - sampled, samplers)
             if empty >= stage.max_empty_steps:
                 raise RewardError(
                     f"no trainable group in {empty} consecutive steps ({dict(Counter(batch.dropped.values()))}); "

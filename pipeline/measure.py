@@ -1,4 +1,4 @@
-"""Held-out records, sampled and measured with the policy that the rollout actors hold: for evaluation and the gaming
+"""Held-out records, sampled and measured with the policy that whoever samples holds: for evaluation and the gaming
 watch."""
 
 import logging

@@ -1,4 +1,4 @@
-"""The gaming watch of a GRPO run: looks at fixed validation records with the policy that the rollout actors hold.
+"""The gaming watch of a GRPO run: looks at fixed validation records with the policy that whoever samples holds.
 
 grpo/watch/  look-00000010.json          what a look measured; these files are the watch's whole state
              before/<task>.parquet       samples from before training, for pictures

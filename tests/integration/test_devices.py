@@ -1,16 +1,22 @@
 """Actors and programs on a device other than the CPU: all of it lies where it has to, and numbers are the CPU's."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import actors.learner
 import actors.reward
 import actors.rollout
+from actors.colocated import ColocatedRank
 from actors.devices import own_device
+from actors.learner import LearnerRank
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor, RolloutSetup
 from common.errors import ClusterError
@@ -122,6 +128,48 @@ def test_a_sampler_with_somebodys_model_leaves_the_device_with_all_else_and_samp
     sampler.move(device)
     _, second, _ = sampler.sample(request(real_dataset, "referring_matting"))
     np.testing.assert_array_equal(first.clean_GMCHW, second.clean_GMCHW)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_rank_that_samples_has_the_device_to_itself_while_it_trains_where_that_is_asked_for(
+    policy, real_dataset, device, monkeypatch, offload
+):
+    monkeypatch.setattr(actors.rollout, "own_device", lambda gpus: device)
+    monkeypatch.setattr(actors.learner, "own_device", lambda gpus: device)
+    trained = starting_policy(policy, None, 0).to(device)
+    rank = ColocatedRank(0, 1, 1.0, offload)
+    rank._engine = SimpleNamespace(engine=trained, module=trained)  # DeepSpeed knows no such device
+    meanwhile = list[str]()
+    monkeypatch.setattr(LearnerRank, "train", lambda self, *_: meanwhile.append(self._sampler._codec.device.type))
+    asked = request(real_dataset, "referring_matting")
+    first, second = (
+        (rank.sample(setup(policy, real_dataset), asked, version)[1], rank.train(None))[0] for version in (0, 1)
+    )
+    assert meanwhile == ["cpu" if offload else device.type] * 2
+    np.testing.assert_array_equal(first.clean_GMCHW, second.clean_GMCHW)
+
+
+def test_a_rank_that_samples_holds_nothing_of_what_it_trained_while_it_loads_a_policy(
+    policy, real_dataset, monkeypatch
+):
+    rank = ColocatedRank(0, 1)
+    trained = starting_policy(policy, None, 0)
+    rank._engine = SimpleNamespace(engine=trained, module=trained)
+    trained.destroy = lambda: None
+    rank.sample(setup(policy, real_dataset), request(real_dataset), 0)
+    held, there = weakref.ref(trained), list[bool]()
+    del trained
+
+    def load(*arguments):
+        gc.collect()
+        there.append(held() is not None)
+        return load_transformer(*arguments)
+
+    monkeypatch.setattr(actors.rollout, "load_transformer", load)
+    name = rank.load_folder(setup(policy, real_dataset), policy)
+    assert there == [False]
+    assert name == ColocatedRank(0, 1).load_folder(setup(policy, real_dataset), policy)
+    assert len(rank.generate(setup(policy, real_dataset), "test", [0], ScheduleConfig(steps=2), -1)[1]) == 1
 
 
 def test_a_reward_actor_on_a_device_scores_as_one_on_the_cpu(policy, real_dataset, device, monkeypatch):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from actors.health import GUEST_PAUSE_S, LONGEST_PAUSE_S, Health, State
+from actors.health import GUEST_PAUSE_S, LONGEST_GUEST_PAUSE_S, LONGEST_PAUSE_S, Health, State
 
 
 class Clock:
@@ -154,6 +154,27 @@ def test_guests_come_when_they_are_invited_take_nobodys_place_and_are_nobodys_lo
     assert health.due() == [], "whoever needs its room may take it first"
     clock.now += 1
     assert health.due() == [4]
+
+
+def test_a_guest_that_cannot_work_is_asked_in_again_ever_more_rarely_until_it_does(clock):
+    health = Health("rollout", 1, 0, clock, guests=1)
+    health.invite()
+    pauses = []
+    for _ in range(7):
+        health.restarting(1)
+        health.lost(1, "it cannot work")
+        health.answered()  # what others do says nothing about it
+        began = clock.now
+        while not health.due():
+            clock.now += 0.5
+        pauses.append(clock.now - began)
+    assert pauses == [30, 60, 120, 240, 480, LONGEST_GUEST_PAUSE_S, LONGEST_GUEST_PAUSE_S]
+    assert health.given_up is None
+    health.restarting(1)
+    health.started(1)
+    health.lost(1, "")
+    clock.now += GUEST_PAUSE_S
+    assert health.due() == [1]
 
 
 def test_without_a_spare_left_a_place_stays_empty_until_somebody_is_started(clock):

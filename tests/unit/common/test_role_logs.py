@@ -22,6 +22,8 @@ class Actor:
         return seconds
     def fail(self):
         raise ValueError("the first line\\nthe second")
+    def around(self):
+        self.work(seconds=0)
     def _inner(self):
         pass
 
@@ -33,6 +35,7 @@ try:
     actor.fail()
 except ValueError:
     logging.getLogger("somewhere.else").warning("caught")
+actor.around()
 """
 
 
@@ -50,6 +53,8 @@ def test_calls_their_seconds_exceptions_and_other_messages_are_in_the_log_in_utc
         ("INFO", "work"),
         ("ERROR", "fail raised ValueError: the first line"),
         ("WARNING", "caught"),
+        ("INFO", "half way"),
+        ("INFO", "around"),  # what it called is part of it
     ]
     assert all(before <= line.time <= time.time() for line in lines)
     assert lines[1].call is not None
