@@ -17,6 +17,7 @@ from policy.dit import velocity
 from policy.folder import load_vae, starting_policy
 from policy.kernels import transition
 from policy.sampling import Condition, denoise, member_noise
+from policy.sight import sight_for
 from policy.text import TextEncoder
 from policy.vae import LatentCodec
 from rewards.base import RewardBatch, build, run_scorer
@@ -42,7 +43,8 @@ def reference_loop(config: RunConfig) -> Outcome:
     model = starting_policy(stage.start, stage.lora, seed_for(seed, "adapter")).eval()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(trained.values(), lr=stage.optimiser.lr, weight_decay=0.0)
-    codec, text, sigmas = LatentCodec(load_vae(stage.start)), TextEncoder(), stage.sampling.schedule.sigmas()
+    codec, text = LatentCodec(load_vae(stage.start), sight_for(model)), TextEncoder()
+    sigmas = stage.sampling.schedule.sigmas()
     data = RecordDataset(config.dataset_folder, "train")
     sampler = TaskSampler(data.task_positions, stage.tasks, seed_for(seed, "stream", "grpo"))
     scorers = [build(term.source, term.params) for term in rewards.terms]
@@ -54,9 +56,10 @@ def reference_loop(config: RunConfig) -> Outcome:
         for number in range(stage.prompts):
             record = data.record(int(sampler.draw(step * stage.prompts + number, 1).indices[0]))
             sample, task = record.decode(), get_task(record.task)
-            inputs = codec.encode(torch.stack(list(sample.inputs)))
+            inputs = codec.encode_stack(sample.inputs, *sample.targets_LCHW.shape[-2:])
             condition = Condition(inputs[None], text.encode(record.prompt)[None]).expand(stage.group)
-            shape, key = (len(task.targets), *inputs.shape[1:]), (seed, step + 1, number)
+            shape = (len(task.targets), codec.channels, *inputs.shape[2:])
+            key = (seed, step + 1, number)
             noise = {
                 name: torch.stack([member_noise(shape, *key, g, name) for g in range(stage.group)])
                 for name in ["initial", *(f"step {k}" for k in range(len(sigmas)))]
