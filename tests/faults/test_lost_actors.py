@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -210,12 +210,21 @@ class Killer:
     def __init__(self) -> None:
         self.killed: list[int] = []
 
-    def at_work(self, actor: Any, pid: int, method: str) -> None:
-        """Waits until the process says that it is inside ``method``, as Ray's process titles do."""
+    def at_work(self, pid: int, method: str, ask: Callable[[], Any]) -> Any:
+        """Asks for something and kills the process once it says that it is inside ``method``, as Ray's process titles
+        do. It stands still until somebody looks: such calls are over in a moment."""
         title = f".{method}"
-        wait_until(lambda: any(title in part for part in psutil.Process(pid).cmdline()), 60, f"the call of {method}")
+        os.kill(pid, signal.SIGSTOP)
+        asked = ask()
+        os.kill(pid, signal.SIGCONT)
+
+        def inside() -> bool:
+            return any(title in part for part in psutil.Process(pid).cmdline())
+
+        wait_until(inside, 60, f"the call of {method}", look_every_s=0.001)
         os.kill(pid, signal.SIGKILL)
         self.killed.append(pid)
+        return asked
 
 
 @pytest.fixture(scope="module")
@@ -276,12 +285,10 @@ def test_a_run_whose_rollout_and_reward_actors_are_killed_at_work_ends_bit_equal
         sample, score = rollouts.sample, rewards.score
 
         def sample_and_kill(requests, costs, weights):
-            victim = rollouts.crew.actors[0]
-            pid = pid_of(victim)
-            groups = sample(requests, costs, weights)
-            if requests[0].step == 2:
-                killer.at_work(victim, pid, "sample")
-            return groups
+            ask = partial(sample, requests, costs, weights)
+            if requests[0].step != 2:
+                return ask()
+            return killer.at_work(pid_of(rollouts.crew.actors[0]), "sample", ask)
 
         def score_and_kill(group, cells):
             (victim,) = rewards.crew.actors
@@ -324,12 +331,11 @@ def test_a_spare_has_a_killed_rollout_actors_place_within_two_seconds_and_the_ru
         sample = rollouts.sample
 
         def sample_and_kill(requests, costs, weights):
-            victim = rollouts.crew.actors[rollouts.crew.serving[0]]
-            pid = pid_of(victim)
-            groups = sample(requests, costs, weights)
-            if requests[0].step == 2:
-                killer.at_work(victim, pid, "sample")
-                at.append(time.time())
+            ask = partial(sample, requests, costs, weights)
+            if requests[0].step != 2:
+                return ask()
+            groups = killer.at_work(pid_of(rollouts.crew.actors[rollouts.crew.serving[0]]), "sample", ask)
+            at.append(time.time())
             return groups
 
         patch.setattr(rollouts, "sample", sample_and_kill)

@@ -51,11 +51,11 @@ def wait_until_gone(run: Path) -> None:
         time.sleep(0.1)
 
 
-def wait_until(condition, seconds: float, what: str) -> None:
+def wait_until(condition, seconds: float, what: str, look_every_s: float = 0.05) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(look_every_s)
 
 
 def command(run: Path, dataset: Path, verb: str = "run") -> list[str]:
