@@ -198,6 +198,9 @@ def connected(config: ClusterConfig, others: Sequence[PlacementRow] = (), *, may
     _reach(address)
     if address == "local":
         check_placement(rows, config.cpus or os.cpu_count() or 1, torch.cuda.device_count())
+    # The first failure of a wait is the cause and is reported. Those of its other calls, for which nobody asks now,
+    # Ray would print after the run's last line.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict = {}
     if address == "local":
         options = {

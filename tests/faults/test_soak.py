@@ -7,7 +7,7 @@ import random
 import signal
 import subprocess
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TextIO
 
@@ -51,12 +51,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_uninterrupte
 
 
 def test_a_hundred_steps_under_random_kills_of_every_role_come_to_what_undisturbed_ones_do(tmp_path, real_dataset):
-    """Every few seconds an actor is killed, now and then the driver: rollout, reward and learner processes in turn."""
+    """Every few seconds an actor of a random role is killed, now and then the driver; steps have so many samples that
+    dozens of kills fall among them."""
     seed = int(os.environ.get("OMNIALPHA_SOAK_SEED", time.time()))
     print(f"OMNIALPHA_SOAK_SEED={seed}")  # noqa: T201
     draw, policy = random.Random(seed), write_policy(tmp_path / "policy")
     size = ["grpo.steps=100", "grpo.commit_every=4", "grpo.max_staleness=1", "grpo.objective.clip_range=0.01"]
     size += ["grpo.optimiser.lr=1e-4", "grpo.pictures_every=50", "grpo.watch.every=0", "cluster.replacements=6"]
+    size += ["grpo.prompts=12", "grpo.group=4", "grpo.sampling.schedule.steps=12", "grpo.sampling.window.size=4"]
     size += ["cluster.rollout.actors=2", "cluster.rollout.spares=1", "cluster.learner.actors=2", "cluster.cpus=4"]
     size += ["cluster.rollout.cpus=0.2", "cluster.learner.cpus=0.2", "cluster.reward.cpus=0.2"]
 
@@ -75,17 +77,20 @@ def test_a_hundred_steps_under_random_kills_of_every_role_come_to_what_undisturb
                 wait_until_gone(killed)
                 driver = start(killed, log)
             time.sleep(draw.uniform(3, 12))
-            actors = [(name, p) for p in processes_of(killed) if (name := role_of(p))]
+            actors = defaultdict(list)
+            for process in processes_of(killed):
+                if name := role_of(process):
+                    actors[name].append(process)
             if drivers and actors and draw.random() < 0.05:
                 drivers -= 1
                 kills["driver"] += 1
                 driver.kill()
                 driver.wait()
             elif actors:
-                name, victim = draw.choice(actors)
+                name = draw.choice(sorted(actors))
                 kills[name] += 1
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    victim.kill()
+                    draw.choice(actors[name]).kill()
     print(f"killed: {dict(kills)}")  # noqa: T201
     assert driver.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     assert {"RolloutActor", "RewardActor", "LearnerRank"} <= kills.keys()
