@@ -6,18 +6,24 @@
 ``runs/demo`` is a finished demo, the first seed; the others take its dataset. A seed varies what SFT, SFT continued and
 GRPO train on and in which order, all noise, and the evaluation's noise. The table has every quantity that the reward
 is made of and the primary metrics: GRPO against SFT and against SFT continued, with + or - where the 95 % interval of a
-seed is on one side of 0.
+seed is on one side of 0. Where the runs kept what each record measured, the interval of the mean over the seeds
+follows: a record's differences are averaged over the seeds, and photos and objects resampled. It speaks of new photos
+and objects, for these seeds.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluate import comparisons
+import pyarrow.parquet as pq
+
+from pipeline.evaluate import RECORDS, comparisons
+from rewards.statistics import paired_bootstrap
 
 SIGNS = {"better": "+", "worse": "-", "": "·"}
 
@@ -25,6 +31,35 @@ SIGNS = {"better": "+", "worse": "-", "": "·"}
 def _results(folder: Path) -> dict[str, Any] | None:
     path = folder / "evaluate" / "final" / "results.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def _values(folder: Path) -> list[dict[str, Any]]:
+    """What each record measured; nothing for a run that did not keep it."""
+    path = folder / "evaluate" / "final" / RECORDS
+    return pq.read_table(path).to_pylist() if path.exists() else []
+
+
+def pooled(runs: list[list[dict[str, Any]]], tasks: set[str], quantity: str, base: str) -> tuple[float, float, float]:
+    """Mean over records and seeds of GRPO − ``base``, low and high of its 95 % interval over photos and objects.
+
+    Args:
+        runs: the rows of each seed's :func:`pipeline.evaluate.by_record`.
+
+    Returns:
+        NaN throughout where no record has the quantity with every seed.
+    """
+    found: dict[str, list[float]] = {}
+    of: dict[str, dict[str, Any]] = {}
+    for rows in runs:
+        for row in rows:
+            if row["task"] in tasks and row["quantity"] == quantity and None not in (row["grpo"], row[base]):
+                found.setdefault(row["record"], []).append(row["grpo"] - row[base])
+                of[row["record"]] = row
+    whole = [record for record, differences in found.items() if len(differences) == len(runs)]
+    if not whole:
+        return math.nan, math.nan, math.nan
+    means = [sum(found[record]) / len(runs) for record in whole]
+    return paired_bootstrap(means, [of[r]["photo"] for r in whole], [of[r]["object"] for r in whole])
 
 
 def _folders(options: argparse.Namespace) -> list[Path]:
@@ -48,15 +83,19 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _table(options: argparse.Namespace) -> None:
-    runs = [found for folder in _folders(options) if (found := _results(folder))]
+    found = {folder: results for folder in _folders(options) if (results := _results(folder))}
+    runs, values = list(found.values()), [_values(folder) for folder in found]
     if not runs:
         sys.exit(f"no results in {options.demo} or {options.out}; run `make demo` and `make study` first")
     bases = [name for name in runs[0]["policies"] if name != "grpo"]
     head = ["task", "quantity", *runs[0]["policies"]]
-    head += [cell for base in bases for cell in (f"GRPO − {base}", "seeds")]
+    head += [cell for base in bases for cell in (f"GRPO − {base}", "seeds", "95 % interval of the mean")]
     print(f"means over {len(runs)} seeds; + better, - worse, · interval includes 0, one sign per seed\n")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for rows in zip(*([{"task": "all RL tasks", **run["overall"]}, *run["rows"]] for run in runs), strict=True):
+    rewarded = {row["task"] for row in runs[0]["rows"] if row["quantity"] == "reward"}
+    for rows in zip(
+        *([{"task": "all RL tasks", "overall": True, **run["overall"]}, *run["rows"]] for run in runs), strict=True
+    ):
         if len({(row["task"], row["quantity"]) for row in rows}) > 1:
             sys.exit("the runs measured different things; run all seeds with one version and one configuration")
         first = rows[0]
@@ -70,6 +109,9 @@ def _table(options: argparse.Namespace) -> None:
         for base in bases:
             cells.append(f"{mean([row['grpo'] - row[base] for row in rows]):+.4f}")
             cells.append("".join(SIGNS[comparisons(row)[base]] for row in rows))
+            tasks = rewarded if "overall" in first else {first["task"]}
+            _, low, high = pooled(values, tasks, first["quantity"], base)
+            cells.append("" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]")
         print(f"| {' | '.join(cells)} |")
 
 

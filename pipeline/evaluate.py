@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from actors.reward import Measured, RewardPool
 from actors.rollout import Rollouts
@@ -29,10 +31,12 @@ log = logging.getLogger("omnialpha")
 
 TITLES = {"sft": "SFT", "continued": "SFT continued", "grpo": "GRPO"}
 """The policies that can be compared, and what they are called."""
+RECORDS = "records.parquet"
+"""What each record measured (:func:`by_record`), for comparisons that the table does not make."""
 
 
 def run_evaluate(run: Run, rollouts: Rollouts, rewards: RewardPool) -> None:
-    """Samples, scores and draws; writes results.json, table.md and one grid per task."""
+    """Samples, scores and draws; writes results.json, records.parquet, table.md and one grid per task."""
     config, stage = run.config, run.config.evaluate
     folders = policies(run)
     held = HeldOut.choose(config, stage.split, None, stage.records)
@@ -57,6 +61,7 @@ def run_evaluate(run: Run, rollouts: Rollouts, rewards: RewardPool) -> None:
     table = render_table(results_json)
     with storage_errors(final):
         (temporary / "results.json").write_text(json.dumps(finite(results_json), indent=1) + "\n")
+        pq.write_table(by_record(config, held.records, measured), temporary / RECORDS)
         (temporary / "table.md").write_text(table)
     commit(temporary, final, {"step": 0, "config": config.identity_hash()})
     for task in held.tasks:
@@ -96,14 +101,9 @@ def summarise(config: RunConfig, records: Sequence[Record], measured: dict[str, 
     The interval resamples photos and objects, not images: records that share either are not independent.
     """
     rows: list[dict[str, Any]] = []
-    by_task: dict[str, list[int]] = defaultdict(list)
-    for position, record in enumerate(records):
-        by_task[record.task].append(position)
+    by_task = _by_task(records)
     for task, positions in by_task.items():
-        first = measured["sft"][positions[0]]
-        metrics = sorted({key for k in positions for key in measured["sft"][k].metrics})
-        labels = [*(["reward"] if first.terms else []), *(f"term/{name}" for name in first.terms), *metrics]
-        for label in labels:
+        for label in _labels(measured, positions):
             row = {"task": task, "quantity": label} | _compare(config, records, measured, positions, label)
             rows.append(row | ({"primary": True} if label in config.evaluate.primary.get(task, ()) else {}))
     judged = [k for k, record in enumerate(records) if config.grpo.tasks.get(record.task, 0) > 0]
@@ -116,6 +116,37 @@ def summarise(config: RunConfig, records: Sequence[Record], measured: dict[str, 
         "rows": rows,
         "bootstrap": {"draws": config.evaluate.draws, "resampled": "photos and objects", "interval": "95 % percentile"},
     }
+
+
+def by_record(config: RunConfig, records: Sequence[Record], measured: dict[str, list[Measured]]) -> pa.Table:
+    """Every quantity of every record: columns record, task, photo, object, quantity, and one per policy (null where it
+    is missing)."""
+    rows = [
+        {"record": record.id, "task": task, "photo": record.photo_group or None, "object": record.object_groups[0]}
+        | {"quantity": label}
+        | finite({name: quantity(config, entries[k], label) for name, entries in measured.items()})
+        for task, positions in _by_task(records).items()
+        for label in _labels(measured, positions)
+        for k in positions
+        for record in (records[k],)
+    ]
+    texts = [pa.field(name, pa.string()) for name in ("record", "task", "photo", "object", "quantity")]
+    return pa.Table.from_pylist(rows, pa.schema([*texts, *(pa.field(name, pa.float64()) for name in measured)]))
+
+
+def _by_task(records: Sequence[Record]) -> dict[str, list[int]]:
+    """Positions of each task's records."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for position, record in enumerate(records):
+        found[record.task].append(position)
+    return found
+
+
+def _labels(measured: dict[str, list[Measured]], positions: Sequence[int]) -> list[str]:
+    """What was measured of a task's records, in the table's order."""
+    first = measured["sft"][positions[0]]
+    metrics = sorted({key for k in positions for key in measured["sft"][k].metrics})
+    return [*(["reward"] if first.terms else []), *(f"term/{name}" for name in first.terms), *metrics]
 
 
 def _compare(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL, QwenImageTransformer2DModel
@@ -105,6 +106,9 @@ def test_the_evaluation_leaves_a_table_results_and_pictures(finished):
     results = json.loads((final / "results.json").read_text())
     assert results["overall"]["n"] > 0
     assert {"low", "high", "difference", "sft", "continued", "grpo"} <= results["overall"].keys()
+    values = pq.read_table(final / "records.parquet")
+    assert values.column_names == ["record", "task", "photo", "object", "quantity", "sft", "continued", "grpo"]
+    assert set(values["task"].to_pylist()) == results["records"].keys()
     assert results["overall"]["over_continued"].keys() == {"difference", "low", "high"}
     assert {stage: entry["steps"] for stage, entry in results["training"].items()} == {
         "sft": 4,

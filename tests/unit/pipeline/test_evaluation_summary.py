@@ -1,18 +1,20 @@
 """The table of an evaluation from measured records, without any actor."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 
 from actors.reward import Measured
+from benchmarks.seeds import pooled
 from common.events import EventLog
 from pipeline.config import load_config
-from pipeline.evaluate import comparisons, primary_lines, render_table, summarise, training_time
+from pipeline.evaluate import by_record, comparisons, primary_lines, render_table, summarise, training_time
 
 
 def records(count: int, task: str):
     return [
-        SimpleNamespace(task=task, photo_group=f"photo-{k % 3}", object_groups=(f"object-{k % 4}",))
+        SimpleNamespace(id=f"{task}-{k}", task=task, photo_group=f"photo-{k % 3}", object_groups=(f"object-{k % 4}",))
         for k in range(count)
     ]
 
@@ -48,6 +50,36 @@ def test_the_overall_row_covers_the_tasks_of_the_rl_mix_only(results):
     assert results["overall"]["n"] == 24
     assert results["overall"]["difference"] == pytest.approx(0.025)
     assert results["overall"]["low"] <= 0.025 <= results["overall"]["high"]
+
+
+def test_what_each_record_measured_has_the_tables_means_and_names_its_photo_and_object():
+    everything = records(12, "automatic_matting") + records(4, "text_to_rgba")
+    sft = measured(12, 0.5, 0.7, 0.2) + [Measured({}, {"alpha_mad": 0.3})] * 4
+    grpo = measured(12, 0.6, 0.7, 0.1) + [Measured({}, {"alpha_mad": float("nan")})] * 4
+    config, policies = load_config("demo"), {"sft": sft, "grpo": grpo}
+    rows = by_record(config, everything, policies).to_pylist()
+    for entry in summarise(config, everything, policies)["rows"]:
+        values = [r for r in rows if (r["task"], r["quantity"]) == (entry["task"], entry["quantity"])]
+        whole = [r for r in values if r["grpo"] is not None]
+        assert len(values) == (12 if entry["task"] == "automatic_matting" else 4)
+        assert len(whole) == entry["n"]
+        if whole:
+            assert sum(r["grpo"] - r["sft"] for r in whole) / len(whole) == pytest.approx(entry["difference"])
+    assert {(r["record"], r["photo"], r["object"]) for r in rows} >= {("text_to_rgba-3", "photo-0", "object-3")}
+
+
+def test_seeds_are_pooled_by_record_and_only_records_of_every_seed_count():
+    def seed(gain, count):
+        sft = measured(count, 0.5, 0.7, 0.2)
+        grpo = [Measured(m.terms, {"alpha_mad": 0.2 - gain * (1 + k % 2)}) for k, m in enumerate(sft)]
+        everything = records(count, "automatic_matting")
+        return by_record(load_config("demo"), everything, {"sft": sft, "grpo": grpo}).to_pylist()
+
+    runs = [seed(0.02, 12), seed(0.04, 10), seed(-0.01, 12)]
+    mean, low, high = pooled(runs, {"automatic_matting"}, "alpha_mad", "sft")
+    assert mean == pytest.approx(-0.05 / 3 * 1.5)
+    assert low < mean < high < 0
+    assert math.isnan(pooled(runs, {"automatic_matting"}, "soft_iou", "sft")[0])
 
 
 def test_a_task_without_truth_has_metrics_but_no_reward(results):
