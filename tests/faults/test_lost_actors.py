@@ -226,6 +226,14 @@ class Killer:
         self.killed.append(pid)
         return asked
 
+    def with_its_work(self, pid: int, ask: Callable[[], Any]) -> Any:
+        """Asks for something and kills the process before it can answer."""
+        os.kill(pid, signal.SIGSTOP)
+        asked = ask()
+        os.kill(pid, signal.SIGKILL)
+        self.killed.append(pid)
+        return asked
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, real_dataset) -> Any:
@@ -249,7 +257,7 @@ def trained(config: RunConfig, disturb: Any = None, spares: int = 0) -> tuple[di
     cluster = ClusterConfig(
         learner=RoleConfig(cpus=0.1),
         rollout=RoleConfig(actors=2, cpus=0.1, spares=spares),
-        reward=RoleConfig(cpus=0.1),
+        reward=RoleConfig(cpus=0.1, spares=spares),
         deadline_s=240,
     )
     run = Run(config)
@@ -292,14 +300,9 @@ def test_a_run_whose_rollout_and_reward_actors_are_killed_at_work_ends_bit_equal
 
         def score_and_kill(group, cells):
             (victim,) = rewards.crew.actors
-            if group.request.step != 3 or group.request.group != 1:
-                return score(group, cells)
-            pid = pid_of(victim)
-            os.kill(pid, signal.SIGSTOP)  # so that it surely dies with the group unanswered
-            scoring = score(group, cells)
-            os.kill(pid, signal.SIGKILL)
-            killer.killed.append(pid)
-            return scoring
+            ask = partial(score, group, cells)
+            due = group.request.step == 3 and group.request.group == 1
+            return killer.with_its_work(pid_of(victim), ask) if due else ask()
 
         patch.setattr(rollouts, "sample", sample_and_kill)
         patch.setattr(rewards, "score", score_and_kill)
@@ -322,29 +325,43 @@ def test_a_run_whose_rollout_and_reward_actors_are_killed_at_work_ends_bit_equal
 
 
 @pytest.mark.faults
-def test_a_spare_has_a_killed_rollout_actors_place_within_two_seconds_and_the_run_ends_bit_equal(
-    config, undisturbed, tmp_path
+@pytest.mark.parametrize("role", ["rollout", "reward"])
+def test_a_spare_has_a_killed_actors_place_within_two_seconds_and_the_run_ends_bit_equal(
+    config, undisturbed, tmp_path, role
 ):
     killer, at = Killer(), list[float]()
 
     def disturb(patch: pytest.MonkeyPatch, rollouts: RolloutPool, rewards: RewardPool) -> None:
-        sample = rollouts.sample
+        sample, score = rollouts.sample, rewards.score
+
+        def serving(crew: Crew) -> int:
+            return pid_of(crew.actors[crew.serving[0]])
 
         def sample_and_kill(requests, costs, weights):
             ask = partial(sample, requests, costs, weights)
-            if requests[0].step != 2:
+            if role != "rollout" or requests[0].step != 2:
                 return ask()
-            groups = killer.at_work(pid_of(rollouts.crew.actors[rollouts.crew.serving[0]]), "sample", ask)
+            groups = killer.at_work(serving(rollouts.crew), "sample", ask)
             at.append(time.time())
             return groups
 
+        def score_and_kill(group, cells):
+            ask = partial(score, group, cells)
+            if role != "reward" or group.request.step != 2 or group.request.group != 1:
+                return ask()
+            scoring = killer.with_its_work(serving(rewards.crew), ask)
+            at.append(time.time())
+            return scoring
+
         patch.setattr(rollouts, "sample", sample_and_kill)
+        patch.setattr(rewards, "score", score_and_kill)
 
     weights, events = trained(config(tmp_path / "run"), disturb, spares=1)
     quiet, calm = undisturbed
     assert all(torch.equal(weights[name], quiet[name]) for name in quiet)
     assert group_balance(events) == group_balance(calm)
     (replaced,) = (e for e in events if e["event"] == "actor_replaced")
+    assert replaced["role"] == role
     assert "spare" in replaced
     assert replaced["seconds"] < 2
     print(f"a spare had the place {replaced['time'] - at[0]:.2f} s after the kill")  # noqa: T201

@@ -1,5 +1,6 @@
 """Clusters of several nodes on this machine: one that grows, one that is too small, and the loss of a node."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from actors.shared_storage import SharedStorage
 from common.errors import ClusterError, PlacementError
 from common.events import group_balance, read_events
 from pipeline.config import RunConfig, load_config
+from pipeline.evaluate import run_evaluate
 from pipeline.plan import check_plan
 from pipeline.run import Run
 from pipeline.stages import run_stages
@@ -249,6 +251,37 @@ def test_a_node_lost_with_its_rollout_actor_and_finished_groups_changes_nothing_
     # A replacement may first be placed on the lost node, as long as the cluster does not know of the loss.
     assert {f"{e['role']}-{e['actor']}" for e in events if e["event"] == "actor_lost" and "actor" in e} == set(lost)
     assert balance["launched"] == sum(count for key, count in balance.items() if key != "launched")
+
+
+def test_an_evaluation_whose_samples_are_lost_with_a_node_is_run_again_and_finds_the_same(cluster, config, monkeypatch):
+    three, measure, lost = cluster(2, 3, 3), RewardPool.measure, list[str]()
+    # Samples of six records at once are too large to travel with the messages to the driver.
+    own = [*roles(learner=1, rollout=2, reward=0.01), "grpo.steps=1", "evaluate.records=6", "evaluate.batch=6"]
+
+    def evaluated(config: RunConfig) -> tuple[dict[str, Any], list[dict]]:
+        run_stages(config, ["grpo", "evaluate"])
+        results = json.loads((config.folder / "evaluate" / "final" / "results.json").read_text())
+        del results["training"]  # seconds
+        return results, events_of(config)
+
+    def measure_and_lose(self, task, count, pixels, *rest):
+        if self.watched and not lost:
+            lost.extend(remove_node_of("rollout-0", three))
+        return measure(self, task, count, pixels, *rest)
+
+    def evaluate(run, rollouts, rewards):
+        rewards.watched = True  # the gaming watch measures too
+        return run_evaluate(run, rollouts, rewards)
+
+    quiet, calm = evaluated(config(three, *own, name="quiet"))
+    monkeypatch.setattr(RewardPool, "watched", False, raising=False)
+    monkeypatch.setattr(RewardPool, "measure", measure_and_lose)
+    monkeypatch.setattr("pipeline.stages.run_evaluate", evaluate)
+    results, events = evaluated(config(three, *own))
+    assert "rollout-0" in lost
+    assert "values_lost" not in {e["event"] for e in calm}
+    assert [e["event"] for e in events].count("values_lost") == 1
+    assert results == quiet
 
 
 def test_a_node_lost_without_room_for_its_actors_ends_the_run_with_what_it_needs(cluster, config, monkeypatch):
