@@ -5,7 +5,7 @@ a higher grade moves further the same way, holes grow where they began.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,6 +55,16 @@ def _haloed_alpha(scene: _Scene, grade: int) -> np.ndarray:
     return _uncovered(scene, np.maximum(alpha, rim * 0.9))
 
 
+def _swollen_shape(scene: _Scene, grade: int) -> np.ndarray:
+    """Fuller than the object: its outermost colours go on outwards, and thin parts run together."""
+    alpha, reach = scene.layer_HW4[..., 3], scene.unit * (0, 1.2, 2.5, 4.5, 8)[grade]
+    if not (alpha > 0.5).any():
+        return scene.layer_HW4
+    distance, nearest = ndimage.distance_transform_edt(alpha <= 0.5, return_indices=True)
+    outwards = replace(scene, around_HW3=scene.layer_HW4[..., :3][tuple(nearest)])
+    return _uncovered(outwards, np.maximum(alpha, np.clip(reach + 0.5 - distance, 0, 1)))
+
+
 def _leftover_background(scene: _Scene, grade: int) -> np.ndarray:
     alpha = scene.layer_HW4[..., 3]
     outside = _patches(scene, alpha < 0.05, (0, 0.06, 0.15, 0.3, 0.6)[grade])
@@ -90,12 +100,14 @@ _LAYER_KINDS: dict[str, Callable[[_Scene, int], np.ndarray]] = {
     "blurred_alpha": _blurred_alpha,
     "holed_alpha": _holed_alpha,
     "haloed_alpha": _haloed_alpha,
+    "swollen_shape": _swollen_shape,
     "leftover_background": _leftover_background,
     "colour_shift": _colour_shift,
     "blank_layer": _blank_layer,
     "misplaced_layer": _misplaced_layer,
 }
-KINDS = (*_LAYER_KINDS, WRONG_OBJECT)
+_MISSING_OBJECT = "missing_object"
+KINDS = (*_LAYER_KINDS, _MISSING_OBJECT, WRONG_OBJECT)
 """All kinds, the one that changes the prompt last."""
 
 _OF_BACKGROUND = ("holed_alpha", "colour_shift", "blank_layer", "misplaced_layer")
@@ -111,7 +123,10 @@ def kinds_for(task: str) -> tuple[str, ...]:
     """
     facts = get_task(task)
     foreground = tuple(kind for kind in _LAYER_KINDS if facts.inputs or kind not in _NEED_INPUT)
-    opaque = ("leftover_background", *_OF_BACKGROUND) if facts.backgrounds else _OF_BACKGROUND
+    if facts.backgrounds:
+        opaque: tuple[str, ...] = ("leftover_background", *_OF_BACKGROUND)
+    else:
+        opaque = (_MISSING_OBJECT, *_OF_BACKGROUND) if "background" in facts.inputs else _OF_BACKGROUND
     visual = foreground if facts.foregrounds else opaque
     names = any("{caption}" in instruction for instruction in facts.instructions)
     return (*visual, WRONG_OBJECT) if names else visual
@@ -139,8 +154,8 @@ def degrade(kind: str, grade: int, task: str, layers_LCHW: Tensor, around_4HW: T
     rng = np.random.Generator(np.random.PCG64(seed_for(seed, "degradation", kind)))
     place = _spoilt_layer(kind, task, rng)
     around, layer = _channels_last(around_4HW)[..., :3], _channels_last(layers_LCHW[place])
-    if kind == "leftover_background" and get_task(task).targets[place] == "background":
-        spoilt = _leftover_object(layer, around, grade)
+    if kind == _MISSING_OBJECT or (kind == "leftover_background" and get_task(task).targets[place] == "background"):
+        spoilt = _towards_input(layer, around, grade)
     else:
         spoilt = _LAYER_KINDS[kind](_Scene(layer, around, layer.shape[0] / 64, rng), grade)
     degraded = layers_LCHW.clone()
@@ -156,8 +171,8 @@ def _spoilt_layer(kind: str, task: str, rng: np.random.Generator) -> int:
     return both[int(rng.integers(len(both)))]
 
 
-def _leftover_object(layer_HW4: np.ndarray, around_HW3: np.ndarray, grade: int) -> np.ndarray:
-    """A background in which some of what was to be removed still shows."""
+def _towards_input(layer_HW4: np.ndarray, around_HW3: np.ndarray, grade: int) -> np.ndarray:
+    """A background in which what was to be removed still shows, or a scene to which the object is hardly added."""
     rest = (0, 0.2, 0.4, 0.65, 1)[grade]
     return np.dstack([layer_HW4[..., :3] * (1 - rest) + around_HW3 * rest, layer_HW4[..., 3]])
 

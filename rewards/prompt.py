@@ -19,7 +19,7 @@ from policy.clip import load_clip
 from policy.features import CLASS_SIDE, class_names, load_efficientnet, resized
 from rewards.base import RewardBatch, register
 from rewards.terms import on_black_and_white
-from rewards.words import load_words
+from rewards.words import WordMap, load_words
 
 if TYPE_CHECKING:
     from policy.text import TextEncoder
@@ -88,12 +88,15 @@ class PromptFidelity:
         Raises:
             RewardError: the prompt names no object.
         """
-        wanted_D = _text_encoder().sentence(_wanted(batch, "prompt_fidelity"))
-        features_GC, classes_GK = _pooled(_object_blends(batch))
-        by_class_G = class_nearness(classes_GK, wanted_D)
-        if not self.words:
-            return by_class_G
-        return (by_class_G + load_words(self.weights).nearness(features_GC, wanted_D)) / 2
+        return nearness(batch, _wanted(batch, "prompt_fidelity"), load_words(self.weights) if self.words else None)
+
+
+def nearness(batch: RewardBatch, wanted: str, words: WordMap | None) -> Tensor:
+    """Nearness (G,) of what is seen to what ``wanted`` names, in [−1, 1]; see :class:`PromptFidelity`."""
+    wanted_D = _text_encoder().sentence(wanted)
+    features_GC, classes_GK = batch.shared("what EfficientNet sees", lambda: _pooled(_object_blends(batch)))
+    by_class_G = class_nearness(classes_GK, wanted_D)
+    return by_class_G if words is None else (by_class_G + words.nearness(features_GC, wanted_D)) / 2
 
 
 def see(layers_GLCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from data.seeding import seed_for
 from data.tasks import get_task
 from rewards.base import RewardBatch
 from rewards.judge.asking import Question
+from rewards.judge.likeness import as_of_new_objects
 from rewards.judge.protocols import question
 from rewards.judge.templates import ProtocolName, Templates
 
@@ -137,16 +138,20 @@ def draw_examples(
     def other(grade: int) -> Spoilt:
         return Spoilt(visual[int(rng.integers(len(visual)))], grade, _own_seed(rng))
 
+    def group_of(candidates: Sequence[Spoilt]) -> RewardBatch:
+        batch = examples.group(index, candidates, own)
+        return as_of_new_objects(batch, own) if templates.tells_likeness(protocol) else batch
+
     if protocol == "pointwise":
         if examples.names_object(index) and rng.random() < WRONG_SHARE:
-            right, wrong = (examples.group(index, [Spoilt(WRONG_OBJECT, grade, own)], own) for grade in (0, GRADES))
+            right, wrong = (group_of([Spoilt(WRONG_OBJECT, grade, own)]) for grade in (0, GRADES))
             return [_rating(templates, right, 0, 0), _rating(templates, wrong, 0, GRADES)]
         grades = [int(grade) for grade in rng.permutation(GRADES + 1)[:group]]
-        batch = examples.group(index, [Spoilt(kind, grade, own) for grade in grades], own)
+        batch = group_of([Spoilt(kind, grade, own) for grade in grades])
         return [_rating(templates, batch, member, grade) for member, grade in enumerate(grades)]
     count, alike = (2, rng.random() < 0.5) if protocol == "pairwise" else (group, False)
     grades = [int(grade) for grade in rng.integers(GRADES + 1, size=count)]
-    batch = examples.group(index, [Spoilt(kind, g, own) if alike else other(g) for g in grades], own)
+    batch = group_of([Spoilt(kind, g, own) if alike else other(g) for g in grades])
     target = pairwise_target(*grades) if protocol == "pairwise" else grid_target(grades)
     return [Example(question(templates, protocol, batch, range(count)), target, errors_G2HW(batch))]
 
@@ -156,7 +161,7 @@ def _rating(templates: Templates, batch: RewardBatch, member: int, grade: int) -
     return Example(question(templates, "pointwise", batch, [member]), target, errors_G2HW(batch)[member : member + 1])
 
 
-WRONG_SHARE = 0.15
+WRONG_SHARE = 0.2
 """Share of records, of tasks that name an object, whose ratings are about the object's name."""
 
 

@@ -11,6 +11,7 @@ from common.errors import OmniAlphaError, RewardError
 from data.seeding import seed_for
 from rewards.base import RewardBatch
 from rewards.judge.asking import Answer, Asker, Question, ask_all
+from rewards.judge.likeness import likeness
 from rewards.judge.pictures import pictures
 from rewards.judge.templates import ProtocolName, Templates
 from rewards.statistics import paired_bootstrap
@@ -38,7 +39,8 @@ def question(templates: Templates, protocol: ProtocolName, batch: RewardBatch, m
             )
         labels = labels[: len(members)]
     shown = pictures(templates, batch, members, lettered=protocol != "pointwise")
-    return Question(templates.text(protocol, batch.task, batch.prompt, labels), tuple(shown), labels)
+    alike = [likeness(batch)[member] for member in members] if templates.tells_likeness(protocol) else ()
+    return Question(templates.text(protocol, batch.task, batch.prompt, labels, alike), tuple(shown), labels)
 
 
 def pointwise(asker: Asker, templates: Templates, batch: RewardBatch) -> list[Score]:

@@ -18,7 +18,7 @@ from data.tasks import get_task
 
 SHIPPED = Path(__file__).parent / "templates"
 PROTOCOLS = "protocols.yaml"
-FIELDS = ("prompt", "criteria", "labels")
+FIELDS = ("prompt", "criteria", "labels", "likeness")
 """What a text may contain in braces."""
 
 ProtocolName = Literal["pointwise", "pairwise", "grid"]
@@ -31,7 +31,8 @@ class ProtocolTemplate(StrictConfig):
     """One way of asking."""
 
     text: str = Field(min_length=1)
-    """The question; ``{prompt}``, ``{criteria}`` and ``{labels}`` are filled in."""
+    """The question; ``{prompt}``, ``{criteria}``, ``{labels}`` and ``{likeness}`` (:mod:`rewards.judge.likeness`) are
+    filled in."""
     labels: tuple[str, ...] = Field(min_length=2)
     """Answers, each one token of the judge. Pointwise: worst to best. Pairwise: first, second, neither. Grid: one for
     each place."""
@@ -87,11 +88,23 @@ class Templates:
         chosen: ProtocolTemplate = getattr(self.protocols, name)
         return chosen
 
-    def text(self, protocol: ProtocolName, task: str, prompt: str, labels: Sequence[str] | None = None) -> str:
+    def tells_likeness(self, protocol: ProtocolName) -> bool:
+        """Whether a protocol's text has the field ``{likeness}``, which somebody has to look for."""
+        return any(field == "likeness" for _, field, _, _ in string.Formatter().parse(self.protocol(protocol).text))
+
+    def text(
+        self,
+        protocol: ProtocolName,
+        task: str,
+        prompt: str,
+        labels: Sequence[str] | None = None,
+        likeness: Sequence[str] = (),
+    ) -> str:
         """The question's text; ``labels`` replaces the template's where only some of them are open."""
         template = self.protocol(protocol)
-        named = ", ".join(labels or template.labels)
-        return template.text.format(prompt=prompt, criteria=self.task(task).criteria, labels=named).strip()
+        named, alike = ", ".join(labels or template.labels), " ".join(likeness)
+        criteria = self.task(task).criteria
+        return template.text.format(prompt=prompt, criteria=criteria, labels=named, likeness=alike).strip()
 
     def check_labels(self, tokens: Callable[[str], int]) -> None:
         """Refuses labels that are not one token of the judge; comes before anything is asked.

@@ -103,6 +103,30 @@ def test_an_object_that_was_not_removed_shows_more_with_each_grade(scene):
     assert np.all(np.diff(towards_input) < 0)
 
 
+def test_an_object_that_is_hardly_added_leaves_the_scene_as_it_was(scene):
+    background, image = scene[1], scene[2]
+    added = [degrade("missing_object", g, "background_to_image", image[None], background, 0) for g in (0, 2, GRADES)]
+    assert torch.equal(added[0][0], image)
+    assert float((added[1][0] - image).abs().max()) > 0.1
+    assert torch.equal(added[2][0], background)
+
+
+def test_a_swollen_shape_is_larger_and_has_the_objects_colours(scene):
+    truth = layers_of("text_to_rgba", scene)
+    areas = []
+    for grade in range(GRADES + 1):
+        swollen = degrade("swollen_shape", grade, "text_to_rgba", truth, scene[2], 0)[0]
+        areas.append(float((swollen[3] > 0.5).sum()))
+        assert torch.allclose(swollen[:3][:, swollen[3] > 0], truth[0, :3, :1, 0], atol=1e-6)
+    assert areas == sorted(set(areas))
+    assert areas[-1] > 2 * areas[0]
+
+
+def test_a_layer_without_an_object_cannot_swell(scene):
+    nothing = torch.zeros(1, 4, SIDE, SIDE)
+    assert torch.equal(degrade("swollen_shape", GRADES, "text_to_rgba", nothing, scene[2], 0), nothing)
+
+
 def test_a_grade_or_kind_that_there_is_not_is_named(scene):
     truth = layers_of("text_to_rgba", scene)
     with pytest.raises(DataError, match="grades 0 to 4, not 5"):

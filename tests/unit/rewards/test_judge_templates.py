@@ -36,7 +36,7 @@ def test_a_question_holds_prompt_criteria_and_labels(protocol):
 
 
 def test_a_field_that_there_is_not_names_the_file_and_the_known_ones(own):
-    replace(own / "protocols.yaml", "{prompt} grade", "{promt} grade")
+    replace(own / "protocols.yaml", "{prompt} = {likeness} grade", "{promt} grade")
     with pytest.raises(ConfigError, match=r"protocols\.yaml: pointwise\.text: unknown field \{promt\}; known: prompt"):
         load_templates(own)
 
@@ -72,7 +72,7 @@ def test_a_file_that_is_named_after_no_task_is_refused(own):
 
 
 def test_a_single_brace_is_explained(own):
-    replace(own / "protocols.yaml", "{prompt} best ?", "{prompt} } best ?")
+    replace(own / "protocols.yaml", "{likeness} best ?", "{likeness} } best ?")
     with pytest.raises(ConfigError, match="a brace of its own is written twice"):
         load_templates(own)
 
