@@ -101,15 +101,24 @@ def training_record(run: Path, stage: str) -> dict[str, Any]:
         else None,
         "seconds_of_the_last_attempt": seconds,
         "log": {name: _thinned(rows) for name, rows in steps.items()},
-        "start": None if stage == "judge" else _record_of_the_start(read),  # a judge starts from nothing
+        "start": _record_of_the_start(read, stage),
     }
 
 
-def _record_of_the_start(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of the policy that the run started from, where that was an exported one."""
-    start = config["grpo"].get("start") or config["sft"].get("start") or config["vae"].get("start")
-    record = Path(start) / "training.json" if start else None
-    return json.loads(record.read_text()) if record and record.is_file() else None
+def _record_of_the_start(config: dict[str, Any], stage: str) -> dict[str, Any] | None:
+    """The record of what the run started from, where that was an exported model or a run's own."""
+    if stage == "judge":
+        start = config["judge"]["objective"]["model"]
+    else:
+        start = config["grpo"].get("start") or config["sft"].get("start") or config["vae"].get("start")
+    if not start:
+        return None
+    record, final = Path(start) / "training.json", Path(start).parent
+    if record.is_file():
+        recorded: dict[str, Any] = json.loads(record.read_text())
+        return recorded
+    run = final.parent.parent  # RUN/STAGE/final/model
+    return training_record(run, final.parent.name) if (run / "config.yaml").is_file() else None
 
 
 def _thinned(rows: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

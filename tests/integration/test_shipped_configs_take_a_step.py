@@ -1,6 +1,7 @@
 """Each shipped config that is no preset of the real base takes a step in all of its stages, from the command line: all
 of its settings but those of size, with real Ray and DeepSpeed."""
 
+import json
 import math
 from pathlib import Path
 
@@ -40,7 +41,7 @@ STAGES = {
 
 
 def test_every_shipped_config_is_run_here_or_with_the_presets():
-    others = {"demo-base", "demo-base-more", "demo-judge", "judge-small", "judge-qwen2.5-vl-7b"}
+    others = {"demo-base", "demo-base-more", "demo-judge", "judge-small", "judge-small-more", "judge-qwen2.5-vl-7b"}
     assert {Path(name).name for name in shipped_configs()} == RUNS.keys() | others | set(PRESETS)
 
 
@@ -111,3 +112,16 @@ def test_a_judge_takes_a_step(name, real_dataset, tmp_path):
     command("judge", "train", name, *settings)
     assert steps(tmp_path / "run").keys() == {"judge"}
     assert (tmp_path / "run" / "judge" / "final" / "model" / "config.json").is_file()
+
+
+def test_the_second_half_of_the_small_judge_starts_from_the_first_and_its_record_has_both(real_dataset, tmp_path):
+    first, more = tmp_path / "first", tmp_path / "more"
+    settings = [*COMMON, *JUDGE, f"dataset={real_dataset}"]
+    command("judge", "train", "judge-small", *settings, f"run_dir={first}")
+    start = f"judge.objective.model={first / 'judge' / 'final' / 'model'}"
+    command("judge", "train", "judge-small-more", *settings, f"run_dir={more}", start)
+    command("export", str(more), str(tmp_path / "exported"), "--stage", "judge")
+    record = json.loads((tmp_path / "exported" / "training.json").read_text())
+    assert (record["config"]["name"], record["start"]["config"]["name"]) == ("judge-small-more", "judge-small")
+    assert record["start"]["start"] is None
+    assert {"tokenizer.json", "model.safetensors"} <= {path.name for path in (tmp_path / "exported").iterdir()}
