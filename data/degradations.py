@@ -128,8 +128,7 @@ def kinds_for(task: str) -> tuple[str, ...]:
     else:
         opaque = (_MISSING_OBJECT, *_OF_BACKGROUND) if "background" in facts.inputs else _OF_BACKGROUND
     visual = foreground if facts.foregrounds else opaque
-    names = any("{caption}" in instruction for instruction in facts.instructions)
-    return (*visual, WRONG_OBJECT) if names else visual
+    return (*visual, WRONG_OBJECT) if facts.names_object else visual
 
 
 def degrade(kind: str, grade: int, task: str, layers_LCHW: Tensor, around_4HW: Tensor, seed: int) -> Tensor:

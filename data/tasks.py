@@ -40,6 +40,11 @@ class Task:
         return tuple(i for i, role in enumerate(self.targets) if role == "background")
 
     @property
+    def names_object(self) -> bool:
+        """Whether instructions say which object is meant."""
+        return any("{caption}" in instruction for instruction in self.instructions)
+
+    @property
     def images(self) -> int:
         """Number of images in the sequence: targets and inputs."""
         return len(self.inputs) + len(self.targets)

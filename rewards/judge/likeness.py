@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from data.seeding import seed_for
-from data.tasks import named_object
+from data.tasks import get_task, named_object
 from rewards.base import RewardBatch
 from rewards.prompt import nearness
 from rewards.words import load_words
@@ -32,8 +32,7 @@ def likeness(batch: RewardBatch) -> tuple[str, ...]:
     """A digit, or :data:`NOTHING_NAMED`, for each of the G members."""
 
     def look() -> tuple[str, ...]:
-        wanted = named_object(batch.task, batch.prompt)
-        if wanted is None:
+        if (wanted := _wanted(batch)) is None:
             return (NOTHING_NAMED,) * batch.members
         return tuple(map(_digit, nearness(batch, wanted, load_words()).tolist()))
 
@@ -47,7 +46,7 @@ def as_of_new_objects(batch: RewardBatch, seed: int) -> RewardBatch:
     """
 
     def imagine() -> tuple[str, ...]:
-        wanted = named_object(batch.task, batch.prompt)
+        wanted = _wanted(batch)
         if wanted is None or batch.targets_LCHW is None:
             return (NOTHING_NAMED,) * batch.members
         truth = replace(batch, layers_GLCHW=batch.targets_LCHW[None])
@@ -57,6 +56,11 @@ def as_of_new_objects(batch: RewardBatch, seed: int) -> RewardBatch:
 
     batch.shared(_SHARED, imagine)
     return batch
+
+
+def _wanted(batch: RewardBatch) -> str | None:
+    """The object that the prompt names. Of a task whose instructions name none, no prompt does: it says what to do."""
+    return named_object(batch.task, batch.prompt) if get_task(batch.task).names_object else None
 
 
 def _digit(near: float) -> str:

@@ -34,8 +34,9 @@ def test_the_digits_of_a_question_stand_in_the_order_of_its_pictures(group, prot
         assert f"= {digits[order[0]]} {digits[order[1]]} " in question(templates, protocol, group, order).text
 
 
-def test_a_prompt_that_names_nothing_has_no_likeness(group):
-    unnamed = replace(group, task="automatic_matting", prompt="Matte this image and keep the foreground.")
+@pytest.mark.parametrize("prompt", ["Matte this image and keep the foreground.", "in a person's own words"])
+def test_a_prompt_that_names_nothing_has_no_likeness(group, prompt):
+    unnamed = replace(group, task="automatic_matting", prompt=prompt)
     assert likeness(unnamed) == ("-", "-", "-")
     assert "= - grade" in question(load_templates("small"), "pointwise", unnamed, [0]).text
 
