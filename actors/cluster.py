@@ -17,6 +17,9 @@ from actors.processes import driver_versions
 from common.config import StrictConfig
 from common.errors import ClusterError, PlacementError
 
+UNASKED = "RAY_IGNORE_UNHANDLED_ERRORS"
+"""Ray prints no error that nobody asks for while this is in the driver's environment, whatever its value."""
+
 
 class RoleConfig(StrictConfig):
     """Actors of one role."""
@@ -198,9 +201,6 @@ def connected(config: ClusterConfig, others: Sequence[PlacementRow] = (), *, may
     _reach(address)
     if address == "local":
         check_placement(rows, config.cpus or os.cpu_count() or 1, torch.cuda.device_count())
-    # The first failure of a wait is the cause and is reported. Those of its other calls, for which nobody asks now,
-    # Ray would print after the run's last line.
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict = {}
     if address == "local":
         options = {
@@ -210,7 +210,7 @@ def connected(config: ClusterConfig, others: Sequence[PlacementRow] = (), *, may
         }
     # Ray puts the driver's working directory on every worker's import path, where a user's own ``data/`` folder would
     # shadow ours, and starts workers in it: connect from an empty folder that lives as long as they do.
-    with tempfile.TemporaryDirectory(prefix="omnialpha-") as empty:
+    with tempfile.TemporaryDirectory(prefix="omnialpha-") as empty, _only_asked_errors():
         try:
             with contextlib.chdir(empty):
                 ray.init(
@@ -225,6 +225,19 @@ def connected(config: ClusterConfig, others: Sequence[PlacementRow] = (), *, may
             yield
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _only_asked_errors() -> Iterator[None]:
+    """Errors of calls for which nobody asks are not printed. Where a wait fails, its first failure is the cause and is
+    reported; Ray would print those of its other calls after the run's last line."""
+    before = os.environ.get(UNASKED)
+    os.environ[UNASKED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[UNASKED]
 
 
 def _reach(address: str) -> None:

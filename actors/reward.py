@@ -98,7 +98,7 @@ class RewardActor:
         """Has the run's judge compare two policies' samples of the same records of one task."""
         term = judging_term(self._config, task)
         assert term
-        judge = Judge(**term.params)  # here, wherever the term itself scores: who asks needs no model
+        judge = Judge(**term.params)  # here, wherever the term itself scores: who asks needs no large model
         return judge.compare([reward_batch(p) for p in first], [reward_batch(p) for p in second])
 
     def keep(self, path: Path, groups: list[GroupPixels]) -> None:

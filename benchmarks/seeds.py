@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from pipeline.evaluate import RECORDS, comparisons
 from rewards.statistics import paired_bootstrap
 
+FACTS = ("record", "task", "photo", "object", "quantity")
 SIGNS = {"better": "+", "worse": "-", "": "·"}
 
 
@@ -52,14 +53,16 @@ def pooled(runs: list[list[dict[str, Any]]], tasks: set[str], quantity: str, bas
     of: dict[str, dict[str, Any]] = {}
     for rows in runs:
         for row in rows:
-            if row["task"] in tasks and row["quantity"] == quantity and None not in (row["grpo"], row[base]):
+            # As in the table of each run, where a record counts that all policies have the quantity of.
+            whole = None not in (value for name, value in row.items() if name not in FACTS)
+            if row["task"] in tasks and row["quantity"] == quantity and whole:
                 found.setdefault(row["record"], []).append(row["grpo"] - row[base])
                 of[row["record"]] = row
-    whole = [record for record, differences in found.items() if len(differences) == len(runs)]
-    if not whole:
+    kept = [record for record, differences in found.items() if len(differences) == len(runs)]
+    if not kept:
         return math.nan, math.nan, math.nan
-    means = [sum(found[record]) / len(runs) for record in whole]
-    return paired_bootstrap(means, [of[r]["photo"] for r in whole], [of[r]["object"] for r in whole])
+    means = [sum(found[record]) / len(runs) for record in kept]
+    return paired_bootstrap(means, [of[r]["photo"] for r in kept], [of[r]["object"] for r in kept])
 
 
 def _folders(options: argparse.Namespace) -> list[Path]:
@@ -87,15 +90,16 @@ def _table(options: argparse.Namespace) -> None:
     runs, values = list(found.values()), [_values(folder) for folder in found]
     if not runs:
         sys.exit(f"no results in {options.demo} or {options.out}; run `make demo` and `make study` first")
+    for folder, kept in zip(found, values, strict=True):
+        if not kept:
+            print(f"{folder} has no {RECORDS}, so that the mean has no interval; evaluate it again to have one\n")
     bases = [name for name in runs[0]["policies"] if name != "grpo"]
     head = ["task", "quantity", *runs[0]["policies"]]
-    head += [cell for base in bases for cell in (f"GRPO − {base}", "seeds", "95 % interval of the mean")]
+    head += [cell for base in bases for cell in (f"GRPO − {base}", "seeds", "mean of records with every seed")]
     print(f"means over {len(runs)} seeds; + better, - worse, · interval includes 0, one sign per seed\n")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    rewarded = {row["task"] for row in runs[0]["rows"] if row["quantity"] == "reward"}
-    for rows in zip(
-        *([{"task": "all RL tasks", "overall": True, **run["overall"]}, *run["rows"]] for run in runs), strict=True
-    ):
+    every_task = "all RL tasks"
+    for rows in zip(*([{"task": every_task, **run["overall"]}, *run["rows"]] for run in runs), strict=True):
         if len({(row["task"], row["quantity"]) for row in rows}) > 1:
             sys.exit("the runs measured different things; run all seeds with one version and one configuration")
         first = rows[0]
@@ -109,9 +113,9 @@ def _table(options: argparse.Namespace) -> None:
         for base in bases:
             cells.append(f"{mean([row['grpo'] - row[base] for row in rows]):+.4f}")
             cells.append("".join(SIGNS[comparisons(row)[base]] for row in rows))
-            tasks = rewarded if "overall" in first else {first["task"]}
-            _, low, high = pooled(values, tasks, first["quantity"], base)
-            cells.append("" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]")
+            tasks = set(runs[0].get("rl_tasks", ())) if first["task"] == every_task else {first["task"]}
+            middle, low, high = pooled(values, tasks, first["quantity"], base)
+            cells.append("" if math.isnan(low) else f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]")
         print(f"| {' | '.join(cells)} |")
 
 

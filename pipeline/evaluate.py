@@ -58,10 +58,10 @@ def run_evaluate(run: Run, rollouts: Rollouts, rewards: RewardPool) -> None:
         columns = [pixels[name][held.first(task)] for name in folders]
         pictures.append(rewards.draw_comparison(temporary / f"{task}.png", titles, stage.rows, *columns))
     rewards.wait(pictures, "pictures")
-    table = render_table(results_json)
+    table, values = render_table(results_json), by_record(config, held.records, measured)
     with storage_errors(final):
         (temporary / "results.json").write_text(json.dumps(finite(results_json), indent=1) + "\n")
-        pq.write_table(by_record(config, held.records, measured), temporary / RECORDS)
+        pq.write_table(values, temporary / RECORDS)
         (temporary / "table.md").write_text(table)
     commit(temporary, final, {"step": 0, "config": config.identity_hash()})
     for task in held.tasks:
@@ -113,23 +113,22 @@ def summarise(config: RunConfig, records: Sequence[Record], measured: dict[str, 
         "policies": list(measured),
         "records": {task: len(positions) for task, positions in by_task.items()},
         "overall": {"quantity": "reward"} | overall,
+        "rl_tasks": sorted({records[k].task for k in judged}),
         "rows": rows,
         "bootstrap": {"draws": config.evaluate.draws, "resampled": "photos and objects", "interval": "95 % percentile"},
     }
 
 
 def by_record(config: RunConfig, records: Sequence[Record], measured: dict[str, list[Measured]]) -> pa.Table:
-    """Every quantity of every record: columns record, task, photo, object, quantity, and one per policy (null where it
-    is missing)."""
-    rows = [
-        {"record": record.id, "task": task, "photo": record.photo_group or None, "object": record.object_groups[0]}
-        | {"quantity": label}
-        | finite({name: quantity(config, entries[k], label) for name, entries in measured.items()})
-        for task, positions in _by_task(records).items()
-        for label in _labels(measured, positions)
-        for k in positions
-        for record in (records[k],)
-    ]
+    """Every quantity of the table, of every record: columns record, task, photo, object, quantity, and one per policy
+    (null where it is missing)."""
+    rows = []
+    for task, positions in _by_task(records).items():
+        for label in _labels(measured, positions):
+            for k in positions:
+                photo, thing = records[k].photo_group or None, records[k].object_groups[0]
+                facts = {"record": records[k].id, "task": task, "photo": photo, "object": thing, "quantity": label}
+                rows.append(facts | finite({name: quantity(config, of[k], label) for name, of in measured.items()}))
     texts = [pa.field(name, pa.string()) for name in ("record", "task", "photo", "object", "quantity")]
     return pa.Table.from_pylist(rows, pa.schema([*texts, *(pa.field(name, pa.float64()) for name in measured)]))
 

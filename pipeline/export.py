@@ -101,16 +101,17 @@ def training_record(run: Path, stage: str) -> dict[str, Any]:
         else None,
         "seconds_of_the_last_attempt": seconds,
         "log": {name: _thinned(rows) for name, rows in steps.items()},
-        "start": _record_of_the_start(read, stage),
+        "start": record_of_the_start(read, stage),
     }
 
 
-def _record_of_the_start(config: dict[str, Any], stage: str) -> dict[str, Any] | None:
-    """The record of what the run started from, where that was an exported model or a run's own."""
+def record_of_the_start(config: dict[str, Any], stage: str) -> dict[str, Any] | None:
+    """The record of what a stage started from, where that was an exported model or what another stage handed on."""
     if stage == "judge":
         start = config["judge"]["objective"]["model"]
     else:
-        start = config["grpo"].get("start") or config["sft"].get("start") or config["vae"].get("start")
+        start = config["sft"].get("start") or config["vae"].get("start")
+        start = (config["grpo"].get("start") if stage == "grpo" else None) or start
     if not start:
         return None
     record, final = Path(start) / "training.json", Path(start).parent
@@ -118,7 +119,8 @@ def _record_of_the_start(config: dict[str, Any], stage: str) -> dict[str, Any] |
         recorded: dict[str, Any] = json.loads(record.read_text())
         return recorded
     run = final.parent.parent  # RUN/STAGE/final/model
-    return training_record(run, final.parent.name) if (run / "config.yaml").is_file() else None
+    handed_on = final.name == "final" and (run / "config.yaml").is_file()
+    return training_record(run, final.parent.name) if handed_on else None
 
 
 def _thinned(rows: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ runs/<name>/  identity.json config.yaml events.jsonl log.txt
               vae/ sft/ continued/ grpo/   step-…/ training commits, final/ what the stage hands on
               grpo/watch/         looks of the gaming watch
               judging/            what the judge's servers wrote
-              evaluate/final/     results.json, table.md, grids
+              evaluate/final/     results.json, records.parquet, table.md, grids
 """
 
 import contextlib

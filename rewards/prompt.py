@@ -74,9 +74,7 @@ class PromptFidelity:
             raise ConfigError(
                 "prompt_fidelity: weights name a map from features to words, and words: false leaves it out"
             )
-        load_efficientnet()
-        class_names()
-        _text_encoder()
+        load_fidelity()
         self.weights = Path(weights).expanduser() if weights is not None else None
         self.words = words
         if words:
@@ -91,12 +89,27 @@ class PromptFidelity:
         return nearness(batch, _wanted(batch, "prompt_fidelity"), load_words(self.weights) if self.words else None)
 
 
+def load_fidelity() -> None:
+    """Loads the networks that :func:`nearness` asks.
+
+    Raises:
+        ConfigError: weights or class names are missing.
+    """
+    load_efficientnet()
+    class_names()
+    _text_encoder()
+
+
 def nearness(batch: RewardBatch, wanted: str, words: WordMap | None) -> Tensor:
-    """Nearness (G,) of what is seen to what ``wanted`` names, in [−1, 1]; see :class:`PromptFidelity`."""
-    wanted_D = _text_encoder().sentence(wanted)
-    features_GC, classes_GK = batch.shared("what EfficientNet sees", lambda: _pooled(_object_blends(batch)))
-    by_class_G = class_nearness(classes_GK, wanted_D)
-    return by_class_G if words is None else (by_class_G + words.nearness(features_GC, wanted_D)) / 2
+    """Nearness (G,) of what is seen to what ``wanted`` names, in [−1, 1]; see :class:`PromptFidelity`.
+
+    In float32 whatever precision the caller trains in.
+    """
+    with torch.autocast(batch.layers_GLCHW.device.type, enabled=False), torch.autocast("cpu", enabled=False):
+        wanted_D = _text_encoder().sentence(wanted)
+        features_GC, classes_GK = batch.shared("what EfficientNet sees", lambda: _pooled(_object_blends(batch)))
+        by_class_G = class_nearness(classes_GK, wanted_D)
+        return by_class_G if words is None else (by_class_G + words.nearness(features_GC, wanted_D)) / 2
 
 
 def see(layers_GLCHW: Tensor) -> tuple[Tensor, Tensor]:

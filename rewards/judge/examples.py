@@ -15,7 +15,7 @@ from data.seeding import seed_for
 from data.tasks import get_task
 from rewards.base import RewardBatch
 from rewards.judge.asking import Question
-from rewards.judge.likeness import as_of_new_objects
+from rewards.judge.likeness import simulated_likeness
 from rewards.judge.protocols import question
 from rewards.judge.templates import ProtocolName, Templates
 
@@ -29,6 +29,10 @@ class Example:
     """Probability of each label."""
     errors_G2HW: Tensor
     """Where each candidate is wrong: :func:`errors_G2HW`."""
+
+
+_Told = tuple[RewardBatch, tuple[str, ...] | None]
+"""Candidates, and what the judge is told of each."""
 
 
 @dataclass(frozen=True)
@@ -138,27 +142,29 @@ def draw_examples(
     def other(grade: int) -> Spoilt:
         return Spoilt(visual[int(rng.integers(len(visual)))], grade, _own_seed(rng))
 
-    def group_of(candidates: Sequence[Spoilt]) -> RewardBatch:
+    def group_of(candidates: Sequence[Spoilt]) -> _Told:
         batch = examples.group(index, candidates, own)
-        return as_of_new_objects(batch, own) if templates.tells_likeness(protocol) else batch
+        return batch, simulated_likeness(batch, own) if templates.tells_likeness(protocol) else None
 
     if protocol == "pointwise":
         if examples.names_object(index) and rng.random() < WRONG_SHARE:
             right, wrong = (group_of([Spoilt(WRONG_OBJECT, grade, own)]) for grade in (0, GRADES))
-            return [_rating(templates, right, 0, 0), _rating(templates, wrong, 0, GRADES)]
+            return [_rating(templates, *right, 0, 0), _rating(templates, *wrong, 0, GRADES)]
         grades = [int(grade) for grade in rng.permutation(GRADES + 1)[:group]]
-        batch = group_of([Spoilt(kind, grade, own) for grade in grades])
-        return [_rating(templates, batch, member, grade) for member, grade in enumerate(grades)]
+        rated = group_of([Spoilt(kind, grade, own) for grade in grades])
+        return [_rating(templates, *rated, member, grade) for member, grade in enumerate(grades)]
     count, alike = (2, rng.random() < 0.5) if protocol == "pairwise" else (group, False)
     grades = [int(grade) for grade in rng.integers(GRADES + 1, size=count)]
-    batch = group_of([Spoilt(kind, g, own) if alike else other(g) for g in grades])
+    batch, told = group_of([Spoilt(kind, g, own) if alike else other(g) for g in grades])
     target = pairwise_target(*grades) if protocol == "pairwise" else grid_target(grades)
-    return [Example(question(templates, protocol, batch, range(count)), target, errors_G2HW(batch))]
+    return [Example(question(templates, protocol, batch, range(count), told), target, errors_G2HW(batch))]
 
 
-def _rating(templates: Templates, batch: RewardBatch, member: int, grade: int) -> Example:
+def _rating(templates: Templates, batch: RewardBatch, told: Sequence[str] | None, member: int, grade: int) -> Example:
     target = pointwise_target(grade, len(templates.protocols.pointwise.labels))
-    return Example(question(templates, "pointwise", batch, [member]), target, errors_G2HW(batch)[member : member + 1])
+    return Example(
+        question(templates, "pointwise", batch, [member], told), target, errors_G2HW(batch)[member : member + 1]
+    )
 
 
 WRONG_SHARE = 0.2

@@ -1,5 +1,6 @@
 """Three ways of asking a judge about a group: rate each, show all, compare two."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,8 +24,17 @@ Score = float | OmniAlphaError
 Outcome = Literal["win", "tie", "loss"]
 
 
-def question(templates: Templates, protocol: ProtocolName, batch: RewardBatch, members: Sequence[int]) -> Question:
+def question(
+    templates: Templates,
+    protocol: ProtocolName,
+    batch: RewardBatch,
+    members: Sequence[int],
+    told: Sequence[str] | None = None,
+) -> Question:
     """One question about some members, shown in the order given.
+
+    Args:
+        told: of each member of the batch, instead of its likeness to the object that the prompt names.
 
     Raises:
         ConfigError: no template for the task.
@@ -39,8 +49,11 @@ def question(templates: Templates, protocol: ProtocolName, batch: RewardBatch, m
             )
         labels = labels[: len(members)]
     shown = pictures(templates, batch, members, lettered=protocol != "pointwise")
-    alike = [likeness(batch)[member] for member in members] if templates.tells_likeness(protocol) else ()
-    return Question(templates.text(protocol, batch.task, batch.prompt, labels, alike), tuple(shown), labels)
+    text = functools.partial(templates.text, protocol, batch.task, batch.prompt, labels)
+    if not templates.tells_likeness(protocol):
+        return Question(text(), tuple(shown), labels)
+    digits = likeness(batch) if told is None else told
+    return Question(text([digits[member] for member in members]), tuple(shown), labels)
 
 
 def pointwise(asker: Asker, templates: Templates, batch: RewardBatch) -> list[Score]:

@@ -98,7 +98,7 @@ class Templates:
         task: str,
         prompt: str,
         labels: Sequence[str] | None = None,
-        likeness: Sequence[str] = (),
+        likeness: Sequence[str] = ("-",),
     ) -> str:
         """The question's text; ``labels`` replaces the template's where only some of them are open."""
         template = self.protocol(protocol)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from common.errors import ConfigError, OmniAlphaError
 from rewards.base import RewardBatch, register
+from rewards.judge import likeness
 from rewards.judge.asking import Asker
 from rewards.judge.client import JudgeClient
 from rewards.judge.protocols import Score, Verdict, grid, pointwise, versus
@@ -40,12 +41,14 @@ class JudgeScorer:
             orders: shuffled orders in which a grid is asked.
 
         Raises:
-            ConfigError: no such protocol, or orders that it does not have.
+            ConfigError: no such protocol, orders that it does not have, or nothing to look for a likeness with.
         """
         if protocol not in ("pointwise", "grid"):
             raise ConfigError(f"judge: protocol {protocol!r} is no reward; choose pointwise or grid")
         if orders < 1 or (orders > 1 and protocol != "grid"):
             raise ConfigError(f"judge: orders {orders} with protocol {protocol}; a grid has 1 or more, pointwise has 1")
+        if templates.tells_likeness("pointwise") or templates.tells_likeness(protocol):
+            likeness.prepare()
         self._asker, self._templates = asker, templates
         self._protocol, self._seed, self._orders = protocol, seed, orders
         self.largest_group = len(templates.protocol("grid").labels) if protocol == "grid" else None

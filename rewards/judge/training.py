@@ -21,6 +21,8 @@ from rewards.judge.small import SmallConfig, build_model, build_tokenizer, save_
 from rewards.judge.templates import ProtocolName, Templates, load_templates
 
 LANGUAGE_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+OF_AN_EXPORT = ("manifest.json", "training.json")
+"""What an exported model says of itself, which is not true of what was trained from it."""
 CYCLE: tuple[ProtocolName, ...] = ("pointwise", "pointwise", "pairwise", "pointwise", "grid", "pairwise")
 """Protocols of successive micro-batches. Tasks cycle by 60 (``data.sampler``), so an offset turns this cycle."""
 
@@ -162,7 +164,7 @@ class JudgeProgram:
             return
         for path in sorted(self._config.model.iterdir()):  # tokenizer, picture settings, chat template
             text = path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json")
-            if text and not (folder / path.name).exists():
+            if text and path.name not in OF_AN_EXPORT and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
 
 

@@ -88,12 +88,13 @@ def test_a_hundred_steps_under_random_kills_of_every_role_come_to_what_undisturb
                 driver.wait()
             elif actors:
                 name = draw.choice(sorted(actors))
-                kills[name] += 1
                 with contextlib.suppress(psutil.NoSuchProcess):
                     draw.choice(actors[name]).kill()
+                    kills[name] += 1
     print(f"killed: {dict(kills)}")  # noqa: T201
     assert driver.returncode == 0, (tmp_path / "log").read_text()[-3000:]
-    assert {"RolloutActor", "RewardActor", "LearnerRank"} <= kills.keys()
+    assert min(kills[role] for role in ("RolloutActor", "RewardActor", "LearnerRank")) >= 3
+    assert kills.total() >= 24
     wait_until_gone(killed)
     assert set(os.listdir("/dev/shm")) <= shared
     events, calm = (read_events(run / "events.jsonl") for run in (killed, quiet))

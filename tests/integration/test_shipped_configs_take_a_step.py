@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from common.commit import verify
 from common.events import read_events
 from pipeline.config import shipped_configs
+from pipeline.export import record_of_the_start
 from tests.integration.test_judge_in_a_run import interpreter
 from tests.integration.test_presets_take_a_step import PRESETS, omnialpha
 from tests.integration.tiny_vlm import save_tiny_vlm
@@ -115,13 +117,20 @@ def test_a_judge_takes_a_step(name, real_dataset, tmp_path):
 
 
 def test_the_second_half_of_the_small_judge_starts_from_the_first_and_its_record_has_both(real_dataset, tmp_path):
-    first, more = tmp_path / "first", tmp_path / "more"
+    first, more, halves = tmp_path / "first", tmp_path / "more", [tmp_path / "half", tmp_path / "whole"]
     settings = [*COMMON, *JUDGE, f"dataset={real_dataset}"]
     command("judge", "train", "judge-small", *settings, f"run_dir={first}")
-    start = f"judge.objective.model={first / 'judge' / 'final' / 'model'}"
-    command("judge", "train", "judge-small-more", *settings, f"run_dir={more}", start)
-    command("export", str(more), str(tmp_path / "exported"), "--stage", "judge")
-    record = json.loads((tmp_path / "exported" / "training.json").read_text())
+    command("export", str(first), str(halves[0]), "--stage", "judge")
+    command("judge", "train", "judge-small-more", *settings, f"run_dir={more}", f"judge.objective.model={halves[0]}")
+    command("export", str(more), str(halves[1]), "--stage", "judge")
+    record = json.loads((verify(halves[1]).path / "training.json").read_text())
     assert (record["config"]["name"], record["start"]["config"]["name"]) == ("judge-small-more", "judge-small")
     assert record["start"]["start"] is None
-    assert {"tokenizer.json", "model.safetensors"} <= {path.name for path in (tmp_path / "exported").iterdir()}
+    assert {path.name for path in halves[0].iterdir()} == {path.name for path in halves[1].iterdir()}
+    straight = {"judge": {"objective": {"model": str(first / "judge" / "final" / "model")}}}
+    assert record_of_the_start(straight, "judge") == record["start"]
+
+
+def test_the_record_of_sft_has_nothing_of_a_later_stages_start():
+    config = {"grpo": {"start": "run/sft/final/model"}, "sft": {"start": None}, "vae": {"start": None}}
+    assert record_of_the_start(config, "sft") is None
