@@ -236,8 +236,9 @@ def _only_asked_errors() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[UNASKED]
+        del os.environ[UNASKED]
+        if before is not None:
+            os.environ[UNASKED] = before
 
 
 def _reach(address: str) -> None:
